@@ -1,0 +1,300 @@
+"""[`MergeConfig`]: what a recipe says, and nothing about how it is carried out.
+
+A config is a dataclass that travels as `merge_config.json`. Its constructor is strict (every value is checked, every
+misspelling is an error); loading a file written by a newer version drops what it does not know with a warning.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from . import __version__
+from .errors import ConfigError, suggest
+from .hub import HubMixin, fetch_file
+from .registry import get_merge_method
+from .settings import setting, settings_of
+
+
+CONFIG_NAME = "merge_config.json"
+_RULE_KEYS = ("match", "merge_type")
+
+
+@dataclass
+class MergeConfig(HubMixin):
+    """Base class of every method's config: what all recipes have in common.
+
+    Do not instantiate it: use the config of a method (`WudiConfig`, `TiesConfig`, ...) or
+    [`MergeConfig.from_merge_type`].
+
+    Args:
+        include (`list[str]`, *optional*): Regular expressions (`re.search`) on module names. Only matching parameters are
+            merged, the others keep the base model's value (the first expert's, when there is no base).
+        exclude (`list[str]`, *optional*): Parameters matching one of these are not merged.
+        rules (`list[dict]`, *optional*): Per-parameter settings: `{"match": regex, setting: value, ...}`. For each setting the
+            first rule that matches and names it wins. `"merge_type"` in a rule chooses another method for the parameters
+            that match. A rule that matches no parameter is an error.
+        heads (`str`): What happens to task heads. `"auto"`: merged when every expert has the same head (shapes and label
+            names), kept per task otherwise. `"per_task"`: always kept per task. `"merge"`: merged, an error if their
+            shapes differ. `"first"`: the first expert's. `"error"`: heads that differ are an error.
+        seed (`int`): Seed of every random mask. A mask depends on the seed, the parameter's name and the expert, on nothing else.
+        dtype (`str`, *optional*): The dtype of the merged weights; the first expert's when not given. Arithmetic is in float32.
+        tokenizer (`str`, *optional*): Whose tokenizer or processor files are copied: `"base"` or the name of an expert. The
+            first expert that has some when not given.
+        experts (`dict`, *optional*): The experts by name, each `{"model": path or Hub id, "revision": commit}`. Filled in
+            when a merged model is saved.
+        base_model (`dict`, *optional*): The base model, in the same form.
+        hf_merge_version (`str`, *optional*): The version that wrote the file.
+    """
+
+    merge_type: ClassVar[str] = ""
+
+    include: list[str] | None = field(
+        default=None, metadata={"help": "Merge only parameters matching one of these regexes."}
+    )
+    exclude: list[str] | None = field(
+        default=None, metadata={"help": "Do not merge parameters matching one of these regexes."}
+    )
+    rules: list[dict] = field(
+        default_factory=list, metadata={"help": "Per-parameter settings: {match: regex, setting: value}."}
+    )
+    heads: str = setting(
+        "auto",
+        "Task heads: 'auto', 'per_task', 'merge', 'first' or 'error'.",
+        choices=("auto", "per_task", "merge", "first", "error"),
+        scope="merge",
+    )
+    seed: int = setting(0, "Seed of the random masks.", minimum=0, maximum=2**63 - 1, scope="merge")
+    dtype: str | None = setting(
+        None,
+        "Dtype of the merged weights; the first expert's when not given.",
+        type=str,
+        choices=("float32", "float16", "bfloat16", "float64"),
+        scope="merge",
+    )
+    tokenizer: str | None = setting(
+        None, "Whose tokenizer or processor files are copied: 'base' or an expert's name.", type=str, scope="merge"
+    )
+    experts: dict[str, Any] | None = field(default=None, metadata={"help": "The experts by name."})
+    base_model: Any = field(default=None, metadata={"help": "The base model."})
+    hf_merge_version: str | None = field(
+        default=None, metadata={"help": "The version of hf_merge that wrote the file."}
+    )
+
+    def __post_init__(self):
+        if not self.merge_type:
+            raise ConfigError(
+                "MergeConfig is the base class of the methods' configs: use e.g. WudiConfig(), or MergeConfig.from_merge_type('wudi')."
+            )
+        self.include = _regexes("include", self.include)
+        self.exclude = _regexes("exclude", self.exclude)
+        for name, spec in settings_of(self).items():
+            spec.check(f"{type(self).__name__}.{name}", getattr(self, name))
+        if not isinstance(self.rules, (list, tuple)):
+            raise ConfigError(
+                f"{type(self).__name__}.rules must be a list of dictionaries, got {type(self.rules).__name__}."
+            )
+        self.rules = [dict(rule) if isinstance(rule, Mapping) else rule for rule in self.rules]
+        for index, rule in enumerate(self.rules):
+            self._check_rule(f"{type(self).__name__}.rules[{index}]", rule)
+        if self.hf_merge_version is None:
+            self.hf_merge_version = __version__
+
+    def _check_rule(self, where: str, rule: Any) -> None:
+        if not isinstance(rule, dict) or "match" not in rule:
+            raise ConfigError(
+                f"{where} must be a dictionary with the key 'match' (a regular expression), got {rule!r}."
+            )
+        _compile(f"{where}['match']", rule["match"])
+        target = get_merge_method(rule["merge_type"]).config_cls if "merge_type" in rule else type(self)
+        specs = {name: spec for name, spec in settings_of(target).items() if spec.scope != "merge"}
+        for name, value in rule.items():
+            if name in _RULE_KEYS:
+                continue
+            if name not in specs:
+                raise ConfigError(
+                    f"{where}: '{name}' is not a per-parameter setting of {target.__name__}.{suggest(name, specs)} "
+                    f"It has: {', '.join(specs) or 'none'}."
+                )
+            specs[name].check(f"{where}[{name!r}]", value)
+
+    # -- per-parameter resolution ---------------------------------------------------------------------------------
+
+    def matching_rules(self, name: str) -> list[int]:
+        """The indices of the rules whose `match` finds `name`."""
+        return [index for index, rule in enumerate(self.rules) if re.search(rule["match"], name)]
+
+    def selects(self, name: str) -> bool:
+        """Whether `include` and `exclude` leave the parameter to the method."""
+        if self.include is not None and not any(re.search(pattern, name) for pattern in self.include):
+            return False
+        return not any(re.search(pattern, name) for pattern in self.exclude or ())
+
+    def resolve(self, name: str, depth: float, experts: Sequence[str]) -> MergeConfig:
+        """The settings of one parameter: a config whose rules are applied and whose values are plain.
+
+        Args:
+            name (`str`): The module name of the parameter.
+            depth (`float`): 0 at the input, 1 at the output of the model.
+            experts (`Sequence[str]`): The experts' names.
+
+        Returns:
+            [`MergeConfig`]: Of this class, or of the class that a rule's `merge_type` chose. Settings with the scope `"expert"`
+            are lists with one value per expert.
+        """
+        rules = [self.rules[index] for index in self.matching_rules(name)]
+        merge_type = next((rule["merge_type"] for rule in rules if "merge_type" in rule), self.merge_type)
+        if merge_type == self.merge_type:
+            resolved = copy.copy(self)
+        else:
+            resolved = get_merge_method(merge_type).config_cls(seed=self.seed)
+        specs = settings_of(resolved)
+        for key, spec in specs.items():
+            if spec.scope == "merge":
+                continue
+            chosen = next((rule[key] for rule in rules if key in rule), getattr(resolved, key))
+            where = f"{type(resolved).__name__}.{key}"
+            setattr(resolved, key, spec.resolve(where, chosen, depth, experts))
+        return resolved
+
+    # -- JSON and Hub ---------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and `merge_type`, ready for JSON."""
+        return {"merge_type": self.merge_type} | dataclasses.asdict(self)
+
+    def to_json_string(self) -> str:
+        """The text of `merge_config.json`: two spaces, sorted keys."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=list) + "\n"
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Writes `merge_config.json` into a folder, which is made if needed.
+
+        Args:
+            save_directory (`str` or `Path`): The folder.
+            kwargs: `push_to_hub` and the arguments of [`~MergeConfig.push_to_hub`].
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ConfigError(f"Cannot save to '{folder}': it is a file, not a folder.")
+        push_to_hub = kwargs.pop("push_to_hub", False)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).write_text(self.to_json_string(), encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> MergeConfig:
+        """Loads `merge_config.json` from a folder, a file or a Hub repository.
+
+        The class is chosen by `merge_type`. Keys that this version does not know are dropped with a warning.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): A folder, a JSON file, or a Hub id.
+            kwargs: The Hub's arguments (`revision`, `token`, `cache_dir`, ...); any field of the config overrides the file's.
+        """
+        hub_kwargs = HubMixin.split_hub_kwargs(kwargs)
+        path = fetch_file(pretrained_model_name_or_path, CONFIG_NAME, **hub_kwargs)
+        return cls.from_json_file(path, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, path: str | Path, **overrides) -> MergeConfig:
+        """Loads a JSON file; see [`~MergeConfig.from_pretrained`]."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ConfigError(f"Cannot read the merge config '{path}': {error}.") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"'{path}' holds a JSON {type(data).__name__}, not an object with the key 'merge_type'.")
+        return cls.from_dict(data | overrides, origin=str(path), known_only=True)
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], *, origin: str = "the recipe", known_only: bool = False
+    ) -> MergeConfig:
+        """Builds the config of the method that `data["merge_type"]` names.
+
+        Args:
+            data (`Mapping`): The fields.
+            origin (`str`): What messages call the source.
+            known_only (`bool`): Drop unknown keys with a warning (files of a newer version) instead of raising.
+
+        Raises:
+            ConfigError: `merge_type` is missing or unknown, belongs to another class, or a key or value is invalid.
+        """
+        data = dict(data)
+        merge_type = data.pop("merge_type", cls.merge_type)
+        if not isinstance(merge_type, str) or not merge_type:
+            raise ConfigError(f'{origin} has no \'merge_type\': add it, e.g. "merge_type": "wudi".')
+        config_cls = get_merge_method(merge_type).config_cls
+        if not issubclass(config_cls, cls):
+            raise ConfigError(
+                f"{origin} is a recipe for '{merge_type}' ({config_cls.__name__}), not for {cls.__name__}."
+            )
+        known = {f.name for f in dataclasses.fields(config_cls)}
+        unknown = sorted(set(data) - known)
+        if unknown and known_only:
+            warnings.warn(
+                f"{origin} has the unknown key(s) {', '.join(unknown)}, which are ignored. It was probably written by a newer "
+                f"version of hf_merge ({data.get('hf_merge_version')}); this is {__version__}.",
+                stacklevel=3,
+            )
+        elif unknown:
+            raise ConfigError(
+                f"{origin}: unknown key '{unknown[0]}' for the method '{merge_type}'.{suggest(unknown[0], known)} "
+                f"Known keys: {', '.join(sorted(known))}."
+            )
+        return config_cls(**{key: value for key, value in data.items() if key in known})
+
+    @classmethod
+    def from_merge_type(cls, merge_type: str, **kwargs) -> MergeConfig:
+        """The config of a method by name: `MergeConfig.from_merge_type("ties", density=0.3)`."""
+        return cls.from_dict(
+            {"merge_type": merge_type, **kwargs}, origin=f"MergeConfig.from_merge_type('{merge_type}')"
+        )
+
+
+@dataclass
+class LinearLayersConfig(MergeConfig):
+    """Base class of the configs of methods that are defined on linear layers only.
+
+    Args:
+        other_parameters (`str`): What happens to parameters that are not weights of linear layers (embeddings, norms, biases,
+            convolutions): `"mean"` (of the experts), `"base"` (the base model's), `"task_arithmetic"`
+            (θ_0 + `other_scaling` Σ τ_i).
+        other_scaling (`float`): The coefficient of `other_parameters="task_arithmetic"`.
+    """
+
+    other_parameters: str = setting(
+        "mean",
+        "Parameters that are not linear weights: 'mean', 'base' or 'task_arithmetic'.",
+        choices=("mean", "base", "task_arithmetic"),
+    )
+    other_scaling: float = setting(0.3, "Coefficient of other_parameters='task_arithmetic'.")
+
+
+def _regexes(name: str, value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, (list, tuple)):
+        raise ConfigError(f"'{name}' must be a list of regular expressions, got {value!r}.")
+    for pattern in patterns:
+        _compile(name, pattern)
+    return list(patterns)
+
+
+def _compile(where: str, pattern: Any) -> None:
+    if not isinstance(pattern, str):
+        raise ConfigError(f"{where} must be a regular expression (a string), got {pattern!r}.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{where} is not a valid regular expression: {pattern!r} ({error}).") from error

@@ -1,0 +1,266 @@
+"""The contracts between a merge method and the engines that run it.
+
+A method says *what* is computed. It never opens a file, never sees a device map and never asks an architecture's name:
+it is given groups of tensors that belong together, and returns tensors.
+
+- [`TensorMethod`]: data-free; parameters are independent of each other; runs from disk to disk at any size.
+- [`LinearMethod`]: a `TensorMethod` defined on the weights of linear layers, given as matrices (out, in).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class ParameterKind(str, Enum):
+    """What a parameter is, decided from the type of the module that owns it."""
+
+    LINEAR = "linear"  # (out, in)
+    TRANSPOSED_LINEAR = "transposed_linear"  # (in, out), GPT-2's Conv1D
+    EXPERT_LINEAR = "expert_linear"  # (experts, out, in)
+    TRANSPOSED_EXPERT_LINEAR = "transposed_expert_linear"  # (experts, in, out)
+    EMBEDDING = "embedding"
+    CONVOLUTION = "convolution"
+    NORM = "norm"
+    BIAS = "bias"
+    HEAD = "head"
+    BUFFER = "buffer"
+    OTHER = "other"
+
+
+LINEAR_KINDS = frozenset(
+    {
+        ParameterKind.LINEAR,
+        ParameterKind.TRANSPOSED_LINEAR,
+        ParameterKind.EXPERT_LINEAR,
+        ParameterKind.TRANSPOSED_EXPERT_LINEAR,
+    }
+)
+
+
+@dataclass
+class TensorGroup:
+    """One parameter of every model that takes part, and what a method may know about it.
+
+    Tensors are kept in their storage dtype and cast to float32 (float64 where they are stored so) one at a time on access:
+    ask for one expert, use it, let it go.
+
+    Args:
+        name (`str`): The module name of the parameter.
+        kind ([`ParameterKind`]): What it is.
+        stored_base (`torch.Tensor`, *optional*): The base model's value as stored.
+        stored_experts (`Sequence[torch.Tensor]`): The experts' values as stored, all of one shape.
+        expert_names (`tuple[str]`): Their names.
+        settings ([`MergeConfig`]): The method's settings, resolved for this parameter: plain values, and lists with one value
+            per expert where a setting's scope is `"expert"`.
+        seed (`int`): The recipe's seed.
+        report (`dict`): What the method wants to say about this parameter in `merge_report.json`: numbers by name.
+    """
+
+    name: str
+    kind: ParameterKind
+    stored_base: Tensor | None
+    stored_experts: Sequence[Tensor]
+    expert_names: tuple[str, ...]
+    settings: Any
+    seed: int = 0
+    report: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.stored_experts)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.stored_experts[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic: float32, or float64 when some model is stored in it."""
+        stored = [*self.stored_experts, *([] if self.stored_base is None else [self.stored_base])]
+        return torch.float64 if any(tensor.dtype == torch.float64 for tensor in stored) else torch.float32
+
+    @cached_property
+    def base(self) -> Tensor | None:
+        """The base model's value in the dtype of the arithmetic. Do not change it in place."""
+        return None if self.stored_base is None else self.stored_base.to(self.dtype)
+
+    def expert(self, index: int) -> Tensor:
+        """Expert `index`'s value, in the dtype of the arithmetic. Do not change it in place."""
+        return self.stored_experts[index].to(self.dtype)
+
+    def experts(self) -> Iterator[Tensor]:
+        """The experts' values one at a time."""
+        for index in range(len(self)):
+            yield self.expert(index)
+
+    def task_vector(self, index: int) -> Tensor:
+        """τ_i = θ_i − θ_0 as a new tensor, free to be changed in place."""
+        return self.expert(index) - self.base
+
+    def task_vectors(self) -> Iterator[Tensor]:
+        """The task vectors one at a time."""
+        for index in range(len(self)):
+            yield self.task_vector(index)
+
+    def mean(self) -> Tensor:
+        """The plain mean of the experts, as a new tensor."""
+        total = torch.zeros(self.shape, dtype=self.dtype, device=self.stored_experts[0].device)
+        for expert in self.experts():
+            total += expert
+        return total.div_(len(self))
+
+    def random(self, index: int, purpose: str = "mask") -> np.random.Generator:
+        """A counter-based generator (Philox) keyed by (seed, parameter name, expert name, purpose): the order in which
+        parameters are merged, threads, ranks and devices do not change what it draws."""
+        text = "\0".join((str(self.seed), self.name, self.expert_names[index], purpose))
+        key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+        return np.random.Generator(np.random.Philox(key=key))
+
+    def keep_mask(self, index: int, probability: float | Tensor) -> Tensor:
+        """A Bernoulli mask (bool, the parameter's shape) in which each entry is kept with `probability`.
+
+        Args:
+            index (`int`): The expert that the mask is for.
+            probability (`float` or `torch.Tensor`): In [0, 1], one for all entries or one per entry.
+        """
+        device = self.stored_experts[index].device
+        uniform = self.random(index).random(self.shape, dtype=np.float32)
+        drawn = torch.from_numpy(uniform).to(device)
+        return drawn < probability
+
+
+class MergeMethod:
+    """What every method declares, so that the library picks the engine and refuses early.
+
+    **Attributes**:
+        - **requires_base** (`bool`) -- The method works on task vectors.
+        - **requires_data** (`bool`) -- The method needs calibration samples.
+        - **min_experts**, **max_experts** (`int`, *optional*) -- How many experts the method is defined for.
+    """
+
+    requires_base: ClassVar[bool] = False
+    requires_data: ClassVar[bool] = False
+    min_experts: ClassVar[int] = 1
+    max_experts: ClassVar[int | None] = None
+
+
+class TensorMethod(MergeMethod):
+    """A data-free method: parameter by parameter.
+
+    A subclass implements [`~TensorMethod.merge`] and takes every setting from `group.settings`. One instance serves the whole
+    merge, in several threads: keep nothing on `self` but what `observe` gathers.
+    """
+
+    kinds: ClassVar[frozenset[ParameterKind] | None] = None
+    """The kinds of parameters that the method is defined on; `None` for all. The others go to [`~TensorMethod.merge_other`]."""
+
+    def __call__(self, group: TensorGroup) -> Tensor:
+        """Merges one parameter by the rule for its kind. Returns a tensor of the parameter's shape, in float32."""
+        if self.requires_base and group.base is None:
+            return group.mean()
+        if self.kinds is not None and group.kind not in self.kinds:
+            return self.merge_other(group)
+        return self.merge(group)
+
+    def merge(self, group: TensorGroup) -> Tensor:
+        """The merged parameter, of shape `group.shape`, in the dtype of the arithmetic."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement merge")
+
+    def merge_other(self, group: TensorGroup) -> Tensor:
+        """The merged value of a parameter that the method is not defined on: the mean of the experts."""
+        return group.mean()
+
+    # -- methods that look at the whole model before they merge it ------------------------------------------------
+
+    def rounds(self, settings: Any) -> int:
+        """How many times the engine has to show every parameter to [`~TensorMethod.observe`] before merging."""
+        return 0
+
+    def observe(self, group: TensorGroup, round: int) -> Any:
+        """Looks at one parameter. What it returns is handed to [`~TensorMethod.conclude`]; it must not depend on the order."""
+        return None
+
+    def conclude(self, observations: Iterator[tuple[str, Any]], round: int, settings: Any) -> None:
+        """Takes the observations of one round, `(parameter name, observation)`, and keeps what the next step needs."""
+
+
+@dataclass
+class TaskMatrices(Sequence):
+    """The task vectors T_i of one linear layer as matrices (out, in), made on access, one at a time.
+
+    Args:
+        group ([`TensorGroup`]): The parameter.
+        index (`int`, *optional*): Which expert of a mixture, for parameters that stack several linear layers.
+        transposed (`bool`): Whether the parameter is stored as (in, out).
+    """
+
+    group: TensorGroup
+    index: int | None = None
+    transposed: bool = False
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def __getitem__(self, expert: int) -> Tensor:
+        """T_i in the dtype of the arithmetic, a new tensor."""
+        return self._matrix(self.group.stored_experts[expert]) - self.base
+
+    @cached_property
+    def base(self) -> Tensor:
+        """W_0, shape (out, in). Do not change it in place."""
+        return self._matrix(self.group.stored_base)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(out, in)."""
+        return self.base.shape
+
+    def _matrix(self, stored: Tensor) -> Tensor:
+        tensor = stored if self.index is None else stored[self.index]
+        return (tensor.mT if self.transposed else tensor).to(self.group.dtype)
+
+
+class LinearMethod(TensorMethod):
+    """A method defined on linear layers y = W x.
+
+    The base class brings every stored form (transposed weights, the experts of a mixture) to matrices of shape (out, in) and
+    back; a subclass implements [`~LinearMethod.merge_matrix`]. Parameters of other kinds follow the setting
+    `other_parameters`.
+    """
+
+    requires_base = True
+    kinds = LINEAR_KINDS
+
+    def merge(self, group: TensorGroup) -> Tensor:
+        transposed = group.kind in (ParameterKind.TRANSPOSED_LINEAR, ParameterKind.TRANSPOSED_EXPERT_LINEAR)
+        if group.kind in (ParameterKind.LINEAR, ParameterKind.TRANSPOSED_LINEAR):
+            return self._merge_one(TaskMatrices(group, None, transposed))
+        return torch.stack([self._merge_one(TaskMatrices(group, e, transposed)) for e in range(group.shape[0])])
+
+    def _merge_one(self, matrices: TaskMatrices) -> Tensor:
+        merged = matrices.base + self.merge_matrix(matrices, matrices.group)
+        return merged.mT.contiguous() if matrices.transposed else merged
+
+    def merge_matrix(self, task_matrices: TaskMatrices, group: TensorGroup) -> Tensor:
+        """The merged task vector M of one linear layer, shape (out, in); the result is W_0 + M."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement merge_matrix")
+
+    def merge_other(self, group: TensorGroup) -> Tensor:
+        policy = group.settings.other_parameters
+        if policy == "base":
+            return group.base.clone()
+        if policy == "mean":
+            return group.mean()
+        total = group.base.clone()
+        for vector in group.task_vectors():
+            total.add_(vector, alpha=group.settings.other_scaling)
+        return total
