@@ -8,6 +8,17 @@ import importlib
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "auto": [
+        "AutoMergeConfig",
+        "AutoMergedModel",
+        "AutoMergedModelForCausalLM",
+        "AutoMergedModelForImageClassification",
+        "AutoMergedModelForMaskedLM",
+        "AutoMergedModelForQuestionAnswering",
+        "AutoMergedModelForSeq2SeqLM",
+        "AutoMergedModelForSequenceClassification",
+        "AutoMergedModelForTokenClassification",
+    ],
     "config": ["LinearLayersConfig", "MergeConfig"],
     "errors": [
         "CheckpointError",
@@ -19,13 +30,36 @@ _EXPORTS = {
         "PlanError",
         "UnsupportedModelError",
     ],
+    "engines.plan": ["MergePlan"],
+    "engines.streaming": ["MergeReport"],
+    "merger": ["Merger"],
     "registry": ["available_merge_methods", "register_merge_method"],
+    "methods.arcee_fusion": ["ArceeFusionConfig"],
+    "methods.breadcrumbs": ["BreadcrumbsConfig"],
+    "methods.consensus_ta": ["ConsensusTaConfig"],
+    "methods.dare": ["DareConfig"],
+    "methods.della": ["DellaConfig"],
+    "methods.karcher": ["KarcherConfig"],
     "methods.linear": ["LinearConfig"],
+    "methods.localize_and_stitch": ["LocalizeAndStitchConfig"],
+    "methods.magmax": ["MagMaxConfig"],
+    "methods.model_stock": ["ModelStockConfig"],
+    "methods.multislerp": ["MultiSlerpConfig"],
+    "methods.nearswap": ["NearSwapConfig"],
+    "methods.nuslerp": ["NuSlerpConfig"],
+    "methods.passthrough": ["PassthroughConfig"],
+    "methods.pcb": ["PcbConfig"],
+    "methods.ram": ["RamConfig"],
+    "methods.sce": ["SceConfig"],
+    "methods.slerp": ["SlerpConfig"],
     "methods.task_arithmetic": ["TaskArithmeticConfig"],
+    "methods.ties": ["TiesConfig"],
+    "methods.wise_ft": ["WiseFtConfig"],
+    "methods.wudi": ["WudiConfig"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
-__all__ = sorted(_MODULE_OF)
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str):

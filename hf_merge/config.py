@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from . import __version__
 from .errors import ConfigError, suggest
-from .hub import HubMixin, fetch_file
+from .hub import HubMixin, fetch_file, upload_folder
 from .registry import get_merge_method
 from .settings import setting, settings_of
 
@@ -127,15 +127,17 @@ class MergeConfig(HubMixin):
 
     # -- per-parameter resolution ---------------------------------------------------------------------------------
 
-    def matching_rules(self, name: str) -> list[int]:
-        """The indices of the rules whose `match` finds `name`."""
-        return [index for index, rule in enumerate(self.rules) if re.search(rule["match"], name)]
-
     def selects(self, name: str) -> bool:
         """Whether `include` and `exclude` leave the parameter to the method."""
         if self.include is not None and not any(re.search(pattern, name) for pattern in self.include):
             return False
         return not any(re.search(pattern, name) for pattern in self.exclude or ())
+
+    def unmatched(self, names: Sequence[str]) -> list[tuple[str, str]]:
+        """The patterns of `include`, `exclude` and `rules` that match none of `names`: `(field, pattern)`."""
+        patterns = [(key, pattern) for key in ("include", "exclude") for pattern in getattr(self, key) or ()]
+        patterns += [(f"rules[{index}]['match']", rule["match"]) for index, rule in enumerate(self.rules)]
+        return [(key, pattern) for key, pattern in patterns if not any(re.search(pattern, name) for name in names)]
 
     def resolve(self, name: str, depth: float, experts: Sequence[str]) -> MergeConfig:
         """The settings of one parameter: a config whose rules are applied and whose values are plain.
@@ -149,7 +151,7 @@ class MergeConfig(HubMixin):
             [`MergeConfig`]: Of this class, or of the class that a rule's `merge_type` chose. Settings with the scope `"expert"`
             are lists with one value per expert.
         """
-        rules = [self.rules[index] for index in self.matching_rules(name)]
+        rules = [rule for rule in self.rules if re.search(rule["match"], name)]
         merge_type = next((rule["merge_type"] for rule in rules if "merge_type" in rule), self.merge_type)
         if merge_type == self.merge_type:
             resolved = copy.copy(self)
@@ -188,7 +190,7 @@ class MergeConfig(HubMixin):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_NAME).write_text(self.to_json_string(), encoding="utf-8")
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+            upload_folder(folder, kwargs.pop("repo_id", folder.name), **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> MergeConfig:

@@ -48,21 +48,43 @@ class HubMixin:
         Returns:
             `str`: The URL of the commit.
         """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "upload"
             self.save_pretrained(target, **save_kwargs)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=target,
-                commit_message=commit_message or "Upload merged model",
+            return upload_folder(
+                target,
+                repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
                 revision=revision,
                 create_pr=create_pr,
             )
-        return str(commit)
+
+
+def upload_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Uploads a folder to a model repository, which is created when missing. Returns the URL of the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=commit_message or "Upload merged model",
+        revision=revision,
+        create_pr=create_pr,
+    )
+    return str(commit)
 
 
 def is_local(name_or_path: str | Path) -> bool:

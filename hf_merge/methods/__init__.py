@@ -1,12 +1,73 @@
 """The merge methods: WHAT is computed. One folder per method or close family; importing one registers it."""
 
+from .arcee_fusion import ArceeFusion, ArceeFusionConfig
+from .breadcrumbs import Breadcrumbs, BreadcrumbsConfig
+from .consensus_ta import ConsensusTa, ConsensusTaConfig
+from .dare import Dare, DareConfig
+from .della import Della, DellaConfig
+from .karcher import Karcher, KarcherConfig
 from .linear import LinearConfig, LinearMerge
+from .localize_and_stitch import LocalizeAndStitch, LocalizeAndStitchConfig
+from .magmax import MagMax, MagMaxConfig
+from .model_stock import ModelStock, ModelStockConfig
+from .multislerp import MultiSlerp, MultiSlerpConfig
+from .nearswap import NearSwap, NearSwapConfig
+from .nuslerp import NuSlerp, NuSlerpConfig
+from .passthrough import Passthrough, PassthroughConfig
+from .pcb import Pcb, PcbConfig
+from .ram import Ram, RamConfig
+from .sce import Sce, SceConfig
+from .slerp import Slerp, SlerpConfig
 from .task_arithmetic import TaskArithmetic, TaskArithmeticConfig
+from .ties import Ties, TiesConfig
+from .wise_ft import WiseFt, WiseFtConfig
+from .wudi import Wudi, WudiConfig, merge_low_rank
 
 
 __all__ = [
+    "ArceeFusion",
+    "ArceeFusionConfig",
+    "Breadcrumbs",
+    "BreadcrumbsConfig",
+    "ConsensusTa",
+    "ConsensusTaConfig",
+    "Dare",
+    "DareConfig",
+    "Della",
+    "DellaConfig",
+    "Karcher",
+    "KarcherConfig",
     "LinearConfig",
     "LinearMerge",
+    "LocalizeAndStitch",
+    "LocalizeAndStitchConfig",
+    "MagMax",
+    "MagMaxConfig",
+    "ModelStock",
+    "ModelStockConfig",
+    "MultiSlerp",
+    "MultiSlerpConfig",
+    "NearSwap",
+    "NearSwapConfig",
+    "NuSlerp",
+    "NuSlerpConfig",
+    "Passthrough",
+    "PassthroughConfig",
+    "Pcb",
+    "PcbConfig",
+    "Ram",
+    "RamConfig",
+    "Sce",
+    "SceConfig",
+    "Slerp",
+    "SlerpConfig",
     "TaskArithmetic",
     "TaskArithmeticConfig",
+    "Ties",
+    "TiesConfig",
+    "WiseFt",
+    "WiseFtConfig",
+    "Wudi",
+    "WudiConfig",
+    "merge_low_rank",
 ]

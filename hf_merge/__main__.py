@@ -1,0 +1,6 @@
+"""`python -m hf_merge` is `hf-merge`."""
+
+from .cli import main
+
+
+main()

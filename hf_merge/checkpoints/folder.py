@@ -1,0 +1,234 @@
+"""The output folder: complete or absent.
+
+Everything is written into `<folder>.partial`. Shards get their final names when they are finished, so that a merge that
+was killed goes on where it stopped; the folder itself appears by one rename at the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+from torch import uint8 as torch_uint8
+from typing_extensions import Self
+
+from ..errors import OutputError
+from .layout import CheckpointLayout, ShardLayout
+
+
+_PROGRESS = "progress.json"
+_LOCK = "merge.lock"
+
+
+def check_output(folder: Path, nbytes: int) -> list[str]:
+    """What prevents writing `nbytes` into `folder`, as sentences. Writes nothing.
+
+    Args:
+        folder (`Path`): The output folder; it must be absent or empty.
+        nbytes (`int`): The size of what will be written.
+    """
+    problems = []
+    if folder.is_file() or folder.is_symlink() and not folder.exists():
+        problems.append(f"The output '{folder}' is a file: choose another folder.")
+    elif folder.is_dir() and any(folder.iterdir()):
+        problems.append(f"The output folder '{folder}' is not empty: choose another one, or remove it first.")
+    parent = next((path for path in folder.absolute().parents if path.exists()), None)
+    if parent is None or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        problems.append(f"The output folder '{folder}' cannot be made: '{parent}' is not a writable folder.")
+        return problems
+    free = shutil.disk_usage(parent).free
+    finished = sum(path.stat().st_size for path in partial_of(folder).glob("*.safetensors*"))
+    if nbytes - finished > free:
+        problems.append(
+            f"Not enough disk space for '{folder}': {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free."
+        )
+    return problems
+
+
+def partial_of(folder: Path) -> Path:
+    """Where the files of an unfinished output folder are."""
+    return folder.with_name(folder.name + ".partial")
+
+
+class OutputFolder:
+    """Writes a model folder atomically. Use as a context manager: an error inside removes what was written; a kill leaves
+    finished shards, which the next run with the same fingerprint keeps.
+
+    Args:
+        folder (`Path`): The final folder.
+        layout ([`CheckpointLayout`]): The weight files.
+        fingerprint (`str`): Identifies recipe and inputs; files of another fingerprint are discarded.
+    """
+
+    def __init__(self, folder: Path, layout: CheckpointLayout, fingerprint: str):
+        self.folder = folder.absolute()
+        self.partial = partial_of(self.folder)
+        self.layout = layout
+        self.fingerprint = fingerprint
+        self.finished: set[str] = set()
+        self._open: dict[str, _ShardFile] = {}
+        self._lock: FileLock | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.partial / _LOCK)
+            self._lock.acquire(timeout=0)
+            self._recover()
+        except Timeout:
+            raise OutputError(
+                f"Another process is writing '{self.partial}': wait for it, or choose another folder."
+            ) from None
+        except OSError as error:
+            raise _output_error(self.folder, error) from error
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+        sealed = not self.partial.exists()
+        if self._lock is not None:
+            self._lock.release()
+        if not sealed and isinstance(error, Exception):
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _recover(self) -> None:
+        record = self.partial / _PROGRESS
+        known = None
+        if record.is_file():
+            try:
+                known = json.loads(record.read_text(encoding="utf-8")).get("fingerprint")
+            except (ValueError, AttributeError):
+                known = None
+        for path in self.partial.iterdir():
+            if path.name == _LOCK:
+                continue
+            shard = next((shard for shard in self.layout.shards if shard.filename == path.name), None)
+            if known == self.fingerprint and shard is not None and path.stat().st_size == shard.nbytes:
+                self.finished.add(path.name)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        record.write_text(json.dumps({"fingerprint": self.fingerprint}), encoding="utf-8")
+        _sync(record)
+
+    def wants(self, keys: Iterable[str]) -> bool:
+        """Whether any of the tensors still has to be written."""
+        return any(self.layout.shard_of[key].filename not in self.finished for key in keys)
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        """Writes one tensor into its place; its shard is synced and gets its name when it is complete.
+
+        Raises:
+            OutputError: The disk is full or fails.
+        """
+        shard = self.layout.shard_of[key]
+        if shard.filename in self.finished:
+            return
+        try:
+            file = self._open.get(shard.filename)
+            if file is None:
+                file = self._open[shard.filename] = _ShardFile(self.partial, shard)
+            file.write(key, tensor)
+            if not file.missing:
+                file.finish()
+                self.finished.add(shard.filename)
+                del self._open[shard.filename]
+        except OSError as error:
+            raise _output_error(self.folder, error) from error
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Writes a JSON file beside the weights."""
+        path = self.partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def seal(self) -> None:
+        """Checks that all shards are there, writes the index, syncs everything and renames the folder into place."""
+        missing = [shard.filename for shard in self.layout.shards if shard.filename not in self.finished]
+        if missing:
+            raise OutputError(f"Cannot complete '{self.folder}': {', '.join(missing)} not written.")
+        try:
+            index = self.layout.index()
+            if index is not None:
+                self.write_json("model.safetensors.index.json", index)
+            (self.partial / _PROGRESS).unlink()
+            for path in self.partial.rglob("*"):
+                if path.is_file() and path.name != _LOCK:
+                    _sync(path)
+            self._rename()
+        except OSError as error:
+            raise _output_error(self.folder, error) from error
+
+    def _rename(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            (self.partial / _LOCK).unlink(missing_ok=True)
+        _sync(self.partial)
+        if self.folder.is_dir():
+            self.folder.rmdir()  # empty, or this raises
+        os.rename(self.partial, self.folder)
+        _sync(self.folder.parent)
+
+
+class _ShardFile:
+    """A safetensors file being filled in any order; its space is reserved at the start."""
+
+    def __init__(self, folder: Path, shard: ShardLayout):
+        self.shard = shard
+        self.path = folder / (shard.filename + ".writing")
+        self.target = folder / shard.filename
+        self.missing = set(shard.infos)
+        self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115  closed by finish() or close()
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self._file.fileno(), 0, shard.nbytes)
+        self._file.write(shard.header)
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        info = self.shard.infos[key]
+        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+            raise OutputError(
+                f"'{key}' is {tuple(tensor.shape)} {tensor.dtype}, planned was {info.shape} {info.dtype}."
+            )
+        data = (
+            memoryview(tensor.contiguous().reshape(-1).view(torch_uint8).numpy()) if info.nbytes else memoryview(b"")
+        )
+        self._file.seek(len(self.shard.header) + self.shard.offsets[key])
+        while len(data):
+            data = data[self._file.write(data) :]
+        self.missing.discard(key)
+
+    def finish(self) -> None:
+        os.fsync(self._file.fileno())
+        self.close()
+        os.rename(self.path, self.target)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _output_error(folder: Path, error: OSError) -> OutputError:
+    if isinstance(error, OutputError):
+        return error
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return OutputError(
+            f"The disk is full: '{folder}' could not be written. Free some space and run the merge again."
+        )
+    return OutputError(f"Cannot write '{folder}': {error}.")

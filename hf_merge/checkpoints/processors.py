@@ -1,0 +1,95 @@
+"""Files beside the weights: tokenizers, image processors, feature extractors. Which exist, and whether token ids agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+
+PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "vocab.bpe",
+    "merges.txt",
+    "bpe.codes",
+    "spm.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "tekken.json",
+    "normalizer.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "feature_extractor_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
+PROCESSOR_FOLDERS = ("additional_chat_templates", "1_Pooling", "2_Dense", "2_Normalize", "3_Normalize")
+
+
+def processor_files(folder: Path) -> list[Path]:
+    """The tokenizer and processor files of a model folder, relative to it."""
+    files = [Path(name) for name in PROCESSOR_FILES if (folder / name).is_file()]
+    for name in PROCESSOR_FOLDERS:
+        files += sorted(path.relative_to(folder) for path in (folder / name).rglob("*") if path.is_file())
+    return files
+
+
+def vocabulary_of(folder: Path) -> dict[str, int] | None:
+    """Token -> id from the tokenizer's files, read without running its code; `None` when they hold no such table.
+
+    Raises:
+        CheckpointError: A file is malformed.
+    """
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return _fast_vocabulary(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+        if (folder / "vocab.json").is_file():
+            vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            return vocabulary if isinstance(vocabulary, dict) else None
+        if (folder / "vocab.txt").is_file():
+            lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+            return {token: index for index, token in enumerate(lines)}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"The tokenizer files in '{folder}' cannot be read: {error!r}.") from error
+    return None
+
+
+def _fast_vocabulary(tokenizer: dict) -> dict[str, int] | None:
+    vocabulary = tokenizer["model"].get("vocab")
+    if isinstance(vocabulary, list):  # Unigram: [[token, score], ...] in the order of the ids
+        vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
+    if not isinstance(vocabulary, dict):
+        return None
+    return vocabulary | {added["content"]: added["id"] for added in tokenizer.get("added_tokens") or ()}
+
+
+def compare_vocabularies(first: dict[str, int], second: dict[str, int]) -> str | None:
+    """What differs, in words, or `None` when the tables are equal."""
+    if first == second:
+        return None
+    moved = next((token for token in first if token in second and first[token] != second[token]), None)
+    only_first, only_second = _count_missing(first, second), _count_missing(second, first)
+    parts = []
+    if moved is not None:
+        total = sum(1 for token, index in first.items() if second.get(token, index) != index)
+        parts.append(f"{total} token(s) have other ids (e.g. {moved!r} is {first[moved]} and {second[moved]})")
+    if only_first or only_second:
+        parts.append(f"{only_first} and {only_second} token(s) exist in one only")
+    return ", ".join(parts)
+
+
+def _count_missing(tokens: Iterable[str], other: dict[str, int]) -> int:
+    return sum(1 for token in tokens if token not in other)

@@ -1,0 +1,266 @@
+"""Raw tensors by their names on disk, read one at a time: safetensors, `torch.save` files, and state dicts in memory.
+
+Shapes and dtypes come from headers, so that a merge can be planned before a weight is read. Nothing is unpickled but
+tensors (`weights_only=True`), and no name from an index leaves the model's folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+
+SAFE_WEIGHTS, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class Storage:
+    """Tensors by name on disk. `infos` is filled from headers alone; `read` gives one tensor."""
+
+    infos: dict[str, TensorInfo]
+
+    def read(self, key: str) -> Tensor:
+        """The tensor `key` in its stored dtype, on the CPU. The caller must not change it."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement read")
+
+    def fingerprint(self) -> list[Any]:
+        """What identifies the stored bytes cheaply (file names, sizes, modification times), for resuming a merge."""
+        return []
+
+
+class StateDictStorage(Storage):
+    """A state dict that is in memory already. Tensors are handed out as they are, without a copy."""
+
+    def __init__(self, state_dict: Mapping[str, Tensor], where: str):
+        for key, value in state_dict.items():
+            if not isinstance(value, Tensor):
+                raise CheckpointError(f"{where}: '{key}' is a {type(value).__name__}, not a tensor.")
+            if value.device.type == "meta":
+                raise CheckpointError(
+                    f"{where}: '{key}' has no data (it is on the meta device, e.g. offloaded): give the model's path instead."
+                )
+        self.tensors = state_dict
+        self.infos = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in state_dict.items()}
+
+    def read(self, key: str) -> Tensor:
+        return self.tensors[key].detach()
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Where a tensor lies in its file."""
+
+    path: Path
+    start: int
+    info: TensorInfo
+
+
+class SafetensorsStorage(Storage):
+    """One or several safetensors files.
+
+    Data are read with positioned reads into memory of their own rather than through a memory map, so that the resident
+    memory is what the merge holds and not what the file's pages left behind.
+    """
+
+    def __init__(self, files: Mapping[str, Path], expected: Mapping[str, str] | None = None):
+        self.files = dict(files)
+        self.spans: dict[str, _Span] = {}
+        for path in self.files.values():
+            for key, span in _header(path).items():
+                if key in self.spans:
+                    raise CheckpointError(
+                        f"The tensor '{key}' is stored twice, in '{self.spans[key].path}' and in '{path}': remove the stale file."
+                    )
+                self.spans[key] = span
+        if expected is not None:
+            self._compare(expected)
+        self.infos = {key: span.info for key, span in self.spans.items()}
+
+    def _compare(self, expected: Mapping[str, str]) -> None:
+        for key, filename in expected.items():
+            span = self.spans.get(key)
+            if span is None or span.path != self.files[filename]:
+                raise CheckpointError(
+                    f"The index says that '{key}' is in '{self.files[filename]}', but it is not there."
+                )
+        extra = sorted(set(self.spans) - set(expected))
+        if extra:
+            raise CheckpointError(
+                f"'{self.spans[extra[0]].path}' holds '{extra[0]}', which the index beside it does not list "
+                f"({len(extra)} such tensor(s)): the shards and the index are of different models."
+            )
+
+    def read(self, key: str) -> Tensor:
+        span = self.spans[key]
+        buffer = torch.empty(span.info.nbytes, dtype=torch.uint8)
+        try:
+            with open(span.path, "rb", buffering=0) as file:
+                _read_into(file, memoryview(buffer.numpy()), span.start)
+        except (OSError, EOFError) as error:
+            raise CheckpointError(f"Cannot read '{key}' from '{span.path}': {error}.") from error
+        return buffer.view(span.info.dtype).reshape(span.info.shape)
+
+    def fingerprint(self) -> list[Any]:
+        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in self.files.values()]
+
+
+def _read_into(file: Any, target: memoryview, start: int) -> None:
+    file.seek(start)
+    done = 0
+    while done < len(target):
+        count = file.readinto(target[done : done + (1 << 30)])
+        if not count:
+            raise EOFError("the file ends early, it was truncated after the merge began")
+        done += count
+
+
+def _header(path: Path) -> dict[str, _Span]:
+    """The spans of all tensors of one file. safetensors' own reader validates the header completely first."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = set(file.keys())
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' is not a complete safetensors file: {error}.") from error
+    spans = {}
+    for key, entry in entries.items():
+        if key not in keys:
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(f"'{path}': '{key}' has the dtype {entry['dtype']}, which cannot be merged.")
+        info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        spans[key] = _Span(path, 8 + length + entry["data_offsets"][0], info)
+    return spans
+
+
+class TorchStorage(Storage):
+    """Files written by `torch.save`, memory-mapped where their format allows, loaded with `weights_only=True`."""
+
+    def __init__(self, files: Mapping[str, Path], expected: Mapping[str, str] | None = None):
+        self.files = dict(files)
+        self.tensors: dict[str, Tensor] = {}
+        for path in self.files.values():
+            self.tensors.update(_load_torch(path))
+        for key, filename in (expected or {}).items():
+            if key not in self.tensors:
+                raise CheckpointError(
+                    f"The index says that '{key}' is in '{self.files[filename]}', but it is not there."
+                )
+        self.infos = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in self.tensors.items()}
+
+    def read(self, key: str) -> Tensor:
+        return self.tensors[key].detach().clone()
+
+    def fingerprint(self) -> list[Any]:
+        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in self.files.values()]
+
+
+def _load_torch(path: Path) -> dict[str, Tensor]:
+    import pickle
+    import zipfile
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"'{path}' cannot be loaded without executing code, or is damaged ({first}). Convert it to safetensors in an "
+            "environment that you trust."
+        ) from error
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise CheckpointError(f"'{path}' is not a state dict: a mapping from names to tensors was expected.")
+    return dict(loaded)
+
+
+def open_storage(folder: Path) -> Storage:
+    """Finds the weight files of a model folder, in the order of transformers: safetensors, its index, `.bin`, its index.
+
+    Raises:
+        CheckpointError: There are none, a shard is missing, or the index is malformed or points outside the folder.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"The folder '{folder}' does not exist.")
+    for single, index, kind in (
+        (SAFE_WEIGHTS, SAFE_INDEX, SafetensorsStorage),
+        (TORCH_WEIGHTS, TORCH_INDEX, TorchStorage),
+    ):
+        weight_map = _weight_map(folder / index) if (folder / index).is_file() else None
+        if (folder / single).is_file():
+            if weight_map is not None and set(weight_map.values()) != {single}:
+                raise CheckpointError(
+                    f"'{folder}' holds both '{single}' and '{index}', of which one is stale: remove the one that is not meant."
+                )
+            return kind({single: folder / single})
+        if weight_map is not None:
+            return kind({name: folder / name for name in dict.fromkeys(weight_map.values())}, weight_map)
+    raise CheckpointError(
+        f"No weights in '{folder}': expected '{SAFE_WEIGHTS}', '{SAFE_INDEX}', '{TORCH_WEIGHTS}' or '{TORCH_INDEX}'."
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"'{index}' is not a weight index with the key 'weight_map': {error!r}.") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"'{index}': 'weight_map' must be a non-empty object.")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or not _is_plain_name(name):
+            raise CheckpointError(
+                f"'{index}' places '{key}' in {name!r}: only plain file names beside the index are read."
+            )
+    missing = sorted({name for name in weight_map.values() if not (index.parent / name).is_file()})
+    if missing:
+        raise CheckpointError(f"'{index.parent}' lacks the shard(s) {', '.join(missing)} named by '{index.name}'.")
+    return weight_map
+
+
+def _is_plain_name(name: str) -> bool:
+    return name not in ("", ".", "..") and not any(character in name for character in "/\\\0:")

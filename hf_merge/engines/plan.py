@@ -1,0 +1,392 @@
+"""The plan of a merge, made from headers alone: every output parameter with its kind, its sources, its method and settings.
+
+Everything after the plan only executes it. Problems are gathered, not raised one by one: [`MergePlan.check`] reports all
+of them at once, before a weight is read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from ..checkpoints.source import ModelSource
+from ..checkpoints.storage import TensorInfo
+from ..config import MergeConfig
+from ..errors import ConfigError, PlanError
+from ..methods.base import ParameterKind, TensorMethod
+from ..registry import get_merge_method
+from .compatibility import find_incompatibilities
+from .heads import HeadPlan, plan_heads
+
+
+Action = Literal["merge", "mean", "copy"]
+_UNMERGEABLE = (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64)
+
+
+@dataclass
+class PlannedParameter:
+    """One parameter of the merged model.
+
+    Args:
+        name (`str`): Its module name in the merged model.
+        kind ([`ParameterKind`]): What it is.
+        depth (`float`): 0 at the input, 1 at the output.
+        action (`str`): `"merge"`: by the method; `"mean"`: the experts' mean; `"copy"`: from one model.
+        experts (`list[str]`): Its module name in each expert.
+        base (`str`, *optional*): Its module name in the base model.
+        info ([`TensorInfo`]): Shape and dtype of the result.
+        settings ([`MergeConfig`]): The method's settings for this parameter.
+        copy_from (`str`, *optional*): For `"copy"`: the name of the model.
+        reason (`str`): Why it is not merged, empty for `"merge"`.
+    """
+
+    name: str
+    kind: ParameterKind
+    depth: float
+    action: Action
+    experts: list[str]
+    base: str | None
+    info: TensorInfo
+    settings: MergeConfig
+    copy_from: str | None = None
+    reason: str = ""
+
+
+@dataclass
+class Dropped:
+    """A stored tensor that is not used, and why."""
+
+    model: str
+    name: str
+    reason: str
+
+
+@dataclass
+class MergePlan:
+    """What will happen, parameter by parameter. Print it to read it.
+
+    Args:
+        config ([`MergeConfig`]): The recipe.
+        experts (`list[ModelSource]`): The experts; the first one gives class, config and file layout.
+        base ([`ModelSource`], *optional*): The base model.
+        parameters (`list[PlannedParameter]`): In the model's order.
+        heads (`dict[str, HeadPlan]`): The heads that are kept per task.
+        dropped (`list[Dropped]`): Stored tensors that are not used.
+        notes (`list[str]`): What a careful user wants to know.
+        problems (`list[str]`): What prevents the merge.
+    """
+
+    config: MergeConfig
+    experts: list[ModelSource]
+    base: ModelSource | None
+    parameters: list[PlannedParameter] = field(default_factory=list)
+    heads: dict[str, HeadPlan] = field(default_factory=dict)
+    dropped: list[Dropped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def target(self) -> ModelSource:
+        """The model whose class, config and file layout the result has: the first expert."""
+        return self.experts[0]
+
+    @property
+    def sources(self) -> list[ModelSource]:
+        """All models, experts first."""
+        return [*self.experts, *([self.base] if self.base is not None else [])]
+
+    @property
+    def outputs(self) -> dict[str, TensorInfo]:
+        """Shape and dtype of every parameter of the result."""
+        return {parameter.name: parameter.info for parameter in self.parameters}
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the result, heads included."""
+        heads = sum(info.nbytes for head in self.heads.values() for info in head.outputs.values())
+        return heads + sum(parameter.info.nbytes for parameter in self.parameters)
+
+    def check(self) -> MergePlan:
+        """Returns itself, or raises [`PlanError`] with every problem."""
+        if self.problems:
+            raise PlanError(self.problems)
+        return self
+
+    def __str__(self) -> str:
+        lines = [
+            f"Merge of {len(self.experts)} models with '{self.config.merge_type}' -> {self.target.model_class.__name__}"
+        ]
+        lines += [f"  expert {source}: {source.dtype}".replace("torch.", "") for source in self.experts]
+        lines.append(f"  base   {self.base}" if self.base is not None else "  no base model")
+        lines.append(f"  result: {len(self.parameters)} parameters, {self.nbytes / 2**20:,.1f} MiB")
+        counts = Counter(
+            (p.action, p.settings.merge_type if p.action == "merge" else "", p.kind.value) for p in self.parameters
+        )
+        for (action, method, kind), count in sorted(counts.items()):
+            lines.append(f"    {count:6d} x {kind}: {f'merged by {method}' if method else action}")
+        for reason, count in Counter(p.reason for p in self.parameters if p.reason).items():
+            lines.append(f"    {count:6d} x not merged: {reason}")
+        for task, head in self.heads.items():
+            lines.append(f"  head of '{task}': {', '.join(head.outputs)} -> heads/{task}/")
+        for (model, reason), count in Counter((d.model, d.reason) for d in self.dropped).items():
+            lines.append(f"  not used: {count} tensor(s) of '{model}': {reason}")
+        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  PROBLEM: {problem}" for problem in self.problems]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready data."""
+        return {
+            "merge_type": self.config.merge_type,
+            "class": self.target.model_class.__name__,
+            "experts": {source.name: source.reference.to_dict() for source in self.experts},
+            "base_model": self.base.reference.to_dict() if self.base is not None else None,
+            "nbytes": self.nbytes,
+            "parameters": [
+                {
+                    "name": p.name,
+                    "kind": p.kind.value,
+                    "shape": list(p.info.shape),
+                    "dtype": str(p.info.dtype).removeprefix("torch."),
+                    "action": p.action,
+                    "method": p.settings.merge_type if p.action == "merge" else None,
+                    "reason": p.reason,
+                }
+                for p in self.parameters
+            ],
+            "heads": {task: list(head.outputs) for task, head in self.heads.items()},
+            "dropped": [vars(entry) for entry in self.dropped],
+            "notes": self.notes,
+            "problems": self.problems,
+        }
+
+
+def build_plan(config: MergeConfig, experts: Sequence[ModelSource], base: ModelSource | None) -> MergePlan:
+    """Plans a merge from the headers of its models.
+
+    Args:
+        config ([`MergeConfig`]): The recipe.
+        experts (`Sequence[ModelSource]`): At least one.
+        base ([`ModelSource`], *optional*): The base model.
+    """
+    plan = MergePlan(config, list(experts), base)
+    _check_method(plan)
+    incompatibilities = find_incompatibilities(plan.experts, base)
+    plan.problems += incompatibilities.problems
+    plan.notes += incompatibilities.notes
+    if incompatibilities.different_architectures:
+        return plan
+    _check_unexpected(plan)
+    heads = plan_heads(config.heads, plan.experts, _output_dtype(plan))
+    plan.heads, plan.problems, plan.notes = heads.per_task, plan.problems + heads.problems, plan.notes + heads.notes
+    for name in plan.target.anatomy.parameters:
+        _plan_parameter(plan, name, heads.copied)
+    _check_patterns(plan)
+    _list_dropped(plan, heads.dropped_reason)
+    if not plan.parameters and not plan.problems:
+        plan.problems.append("The models have no parameter in common: nothing can be merged.")
+    return plan
+
+
+def _check_method(plan: MergePlan) -> None:
+    method, count = get_merge_method(plan.config.merge_type).method_cls, len(plan.experts)
+    name = plan.config.merge_type
+    if method.requires_base and plan.base is None:
+        plan.problems.append(
+            f"The method '{name}' works on task vectors and needs the base model: pass base_model=... (--base)."
+        )
+    if count < method.min_experts:
+        plan.problems.append(f"The method '{name}' needs at least {method.min_experts} experts, got {count}.")
+    if method.max_experts is not None and count > method.max_experts:
+        plan.problems.append(f"The method '{name}' merges at most {method.max_experts} expert(s), got {count}.")
+
+
+def _check_unexpected(plan: MergePlan) -> None:
+    for source in plan.sources:
+        unexpected = source.names.unexpected
+        if unexpected:
+            plan.problems.append(
+                f"{source} stores {len(unexpected)} tensor(s) that {source.model_class.__name__} does not have: "
+                f"{_listing(unexpected)}. Correct 'architectures' in its config.json, or remove them."
+            )
+        plan.dropped += [
+            Dropped(source.name, key, "rebuilt by transformers when the model is loaded")
+            for key in source.names.ignorable
+        ]
+        plan.dropped += [
+            Dropped(source.name, key, f"tied to '{partner}', which has the same values")
+            for key, partner in source.duplicates.items()
+        ]
+
+
+def _plan_parameter(plan: MergePlan, name: str, copied_heads: bool) -> None:
+    """Adds the parameter `name` of the target to the plan, or the problem that prevents it."""
+    anatomy = plan.target.anatomy
+    info, canonical = anatomy.parameters[name], anatomy.canonical(name)
+    if info.is_task_head and copied_heads:
+        _plan_copied_head(plan, name)
+        return
+    stored = [source.by_canonical.get(canonical) for source in plan.experts]
+    if all(found is None for found in stored):
+        _plan_absent(plan, name, canonical)
+        return
+    found = [known or _stand_in(source, canonical) for known, source in zip(stored, plan.experts, strict=True)]
+    lacking = [str(source) for known, source in zip(found, plan.experts, strict=True) if known is None]
+    if lacking:
+        plan.problems.append(f"The parameter '{name}' is missing in {', '.join(lacking)}.")
+        return
+    base = None
+    if plan.base is not None:
+        base = plan.base.by_canonical.get(canonical) or _stand_in(plan.base, canonical)
+    if _shapes_agree(plan, name, found, base):
+        plan.parameters.append(_decide(plan, name, found, base))
+
+
+def _plan_copied_head(plan: MergePlan, name: str) -> None:
+    if name not in plan.target.parameters:
+        return
+    info = plan.target.anatomy.parameters[name]
+    reason = f"head of '{plan.target.name}', which the folder itself loads with"
+    plan.parameters.append(
+        PlannedParameter(
+            name,
+            info.kind,
+            info.depth,
+            "copy",
+            [name],
+            None,
+            _result_info(plan, name, plan.target.parameters[name]),
+            plan.config,
+            copy_from=plan.target.name,
+            reason=reason,
+        )
+    )
+
+
+def _plan_absent(plan: MergePlan, name: str, canonical: str) -> None:
+    """A parameter that no expert stores: tied to another one, or missing everywhere."""
+    target = plan.target
+    if target.tied_stand_in(name) is not None:
+        return
+    if plan.base is not None and canonical in plan.base.by_canonical:
+        plan.problems.append(f"The parameter '{name}' is stored by the base model but by no expert.")
+    elif name in target.names.missing:
+        plan.notes.append(f"no model stores '{name}': the result lacks it too")
+
+
+def _stand_in(source: ModelSource, canonical: str) -> str | None:
+    """The parameter that a tied one shares its values with, in a model that stores only one of the two."""
+    name = source.anatomy.by_canonical.get(canonical)
+    return source.tied_stand_in(name) if name is not None else None
+
+
+def _shapes_agree(plan: MergePlan, name: str, found: list[str], base: str | None) -> bool:
+    shapes = {source.name: source.parameters[known].shape for source, known in zip(plan.experts, found, strict=True)}
+    if plan.base is not None and base is not None:
+        shapes["base"] = plan.base.parameters[base].shape
+    if len(set(shapes.values())) == 1:
+        return True
+    listing = ", ".join(f"{shape} in '{model}'" for model, shape in shapes.items())
+    hint = ""
+    if plan.target.anatomy.parameters[name].kind in (ParameterKind.EMBEDDING, ParameterKind.HEAD):
+        hint = " The vocabularies differ: give all models the same tokenizer and resize their embeddings first."
+    plan.problems.append(f"The shapes of '{name}' differ: {listing}.{hint}")
+    return False
+
+
+def _decide(plan: MergePlan, name: str, found: list[str], base: str | None) -> PlannedParameter:
+    """What is done with a parameter that every expert has in the same shape."""
+    info, config = plan.target.anatomy.parameters[name], plan.config
+    stored = plan.target.parameters[found[0]]
+    planned = PlannedParameter(
+        name, info.kind, info.depth, "merge", found, base, _result_info(plan, name, stored), config
+    )
+    origin = "base" if base is not None else plan.target.name
+    dtypes = {source.parameters[known].dtype for source, known in zip(plan.experts, found, strict=True)}
+    if dtypes & set(_UNMERGEABLE):
+        plan.problems.append(
+            f"'{name}' is stored as {', '.join(sorted(map(str, dtypes)))}, a quantised format: merge the original weights."
+        )
+    if not stored.dtype.is_floating_point:
+        planned.action, planned.copy_from, planned.reason = (
+            "copy",
+            origin,
+            f"not floating point, copied from '{origin}'",
+        )
+    elif not config.selects(name):
+        planned.action, planned.copy_from, planned.reason = (
+            "copy",
+            origin,
+            f"not selected by include/exclude, copied from '{origin}'",
+        )
+    elif info.kind is ParameterKind.BUFFER:
+        planned.action, planned.reason = "mean", "a buffer (statistics), averaged"
+    else:
+        _resolve(plan, planned)
+    return planned
+
+
+def _resolve(plan: MergePlan, planned: PlannedParameter) -> None:
+    try:
+        planned.settings = plan.config.resolve(planned.name, planned.depth, [source.name for source in plan.experts])
+    except ConfigError as error:
+        if str(error) not in plan.problems:
+            plan.problems.append(str(error))
+        return
+    method = get_merge_method(planned.settings.merge_type).method_cls
+    if issubclass(method, TensorMethod) and method.requires_base and planned.base is None and plan.base is not None:
+        planned.action, planned.reason = "mean", "the base model has no such parameter, the experts are averaged"
+
+
+def _output_dtype(plan: MergePlan) -> torch.dtype | None:
+    return getattr(torch, plan.config.dtype) if plan.config.dtype else None
+
+
+def _result_info(plan: MergePlan, name: str, stored: TensorInfo) -> TensorInfo:
+    wanted = _output_dtype(plan)
+    if wanted is None or not stored.dtype.is_floating_point:
+        return stored
+    keep = plan.target.converter.keep_in_float32(name, wanted)
+    return TensorInfo(stored.shape, torch.float32 if keep else wanted)
+
+
+def _check_patterns(plan: MergePlan) -> None:
+    """A regex that matches no parameter is a mistake."""
+    names = [parameter.name for parameter in plan.parameters]
+    for key, pattern in plan.config.unmatched(names):
+        plan.problems.append(
+            f"{key}: the pattern {pattern!r} matches no parameter. Names look like {_listing(names, 3)}."
+        )
+
+
+def _list_dropped(plan: MergePlan, head_reason: str) -> None:
+    """Law 1: every stored tensor is used or listed."""
+    used: dict[str, set[str]] = {source.name: set() for source in plan.sources}
+    for parameter in plan.parameters:
+        if parameter.base is not None:
+            used["base"].add(parameter.base)
+        if parameter.action == "copy" and parameter.copy_from != "base" and len(parameter.experts) == 1:
+            used[parameter.copy_from].add(parameter.experts[0])
+            continue
+        for source, name in zip(plan.experts, parameter.experts, strict=True):
+            used[source.name].add(name)
+    for head in plan.heads.values():
+        used[head.task].update(head.names)
+    for source in plan.sources:
+        for name in source.parameters:
+            if name in used[source.name]:
+                continue
+            if source.anatomy.parameters[name].is_task_head:
+                reason = head_reason if source is not plan.base else "the base model's own head is not needed"
+            else:
+                reason = f"{plan.target.model_class.__name__} has no such parameter"
+            plan.dropped.append(Dropped(source.name, name, reason))
+
+
+def _listing(names: Sequence[str], most: int = 4) -> str:
+    shown = ", ".join(f"'{name}'" for name in list(names)[:most])
+    return shown + (", ..." if len(names) > most else "")

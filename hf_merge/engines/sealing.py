@@ -1,0 +1,134 @@
+"""What belongs into the output folder beside the merged weights: configs, heads, tokenizer, recipe, card, report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..card import model_card
+from ..checkpoints.folder import OutputFolder
+from ..checkpoints.processors import processor_files
+from ..checkpoints.source import ModelSource
+from ..checkpoints.storage import SAFE_WEIGHTS
+from ..config import CONFIG_NAME, MergeConfig
+from ..errors import ConfigError
+from .plan import MergePlan
+from .streaming import MergeReport
+
+
+HEADS_FOLDER = "heads"
+REPORT_NAME = "merge_report.json"
+
+
+def seal(plan: MergePlan, output: OutputFolder, report: MergeReport) -> None:
+    """Writes everything but the weights and makes the folder appear.
+
+    Args:
+        plan ([`MergePlan`]): What was merged.
+        output ([`OutputFolder`]): With all weights written.
+        report ([`MergeReport`]): Of the run.
+    """
+    folder = output.partial
+    result_config(plan).save_pretrained(folder)
+    _save_generation_config(plan, folder)
+    for task, head in plan.heads.items():
+        source = next(source for source in plan.experts if source.name == task)
+        _save_head(source, head_tensors(source, head), folder / HEADS_FOLDER / task)
+    _copy_processors(plan, folder)
+    recipe = resolved_recipe(plan)
+    (folder / CONFIG_NAME).write_text(recipe.to_json_string(), encoding="utf-8")
+    (folder / "README.md").write_text(
+        str(model_card(recipe, list(plan.heads), plan.target.model_class.__name__)), encoding="utf-8"
+    )
+    (folder / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    output.seal()
+
+
+def result_dtype(plan: MergePlan) -> torch.dtype:
+    """The dtype of most of the merged bytes: what `config.json` says."""
+    sizes: dict[torch.dtype, int] = {}
+    for info in plan.outputs.values():
+        if info.dtype.is_floating_point:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    return max(sizes, key=sizes.get) if sizes else torch.float32
+
+
+def result_config(plan: MergePlan) -> Any:
+    """The config of the merged model: the first expert's, with the dtype and ties that the weights really have."""
+    config = copy.deepcopy(plan.target.config)
+    config.dtype = result_dtype(plan)
+    config.architectures = [plan.target.model_class.__name__]
+    untied = set(plan.target.anatomy.ties) & set(plan.outputs)
+    if untied and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+    return config
+
+
+def resolved_recipe(plan: MergePlan) -> MergeConfig:
+    """The recipe with the models it was carried out on, their revisions resolved to commits."""
+    recipe = copy.deepcopy(plan.config)
+    recipe.experts = {source.name: source.reference.to_dict() for source in plan.experts}
+    recipe.base_model = plan.base.reference.to_dict() if plan.base is not None else None
+    return recipe
+
+
+def head_tensors(source: ModelSource, head: Any) -> dict[str, Tensor]:
+    """A task's head by module name, in its output dtype."""
+    return {name: source.read(name).to(info.dtype) for name, info in head.outputs.items()}
+
+
+def _save_head(source: ModelSource, tensors: dict[str, Tensor], folder: Path) -> None:
+    folder.mkdir(parents=True)
+    config = copy.deepcopy(source.config)
+    config.architectures = [source.model_class.__name__]
+    config.save_pretrained(folder)
+    on_disk = source.converter.to_disk(tensors) if source.live is None else tensors
+    save_file(
+        {key: value.contiguous() for key, value in on_disk.items()}, folder / SAFE_WEIGHTS, metadata={"format": "pt"}
+    )
+
+
+def _save_generation_config(plan: MergePlan, folder: Path) -> None:
+    known = plan.target.generation_config
+    if known is None and plan.base is not None:
+        known = plan.base.generation_config
+    if known is not None:
+        known.save_pretrained(folder)
+
+
+def processor_source(plan: MergePlan) -> ModelSource | None:
+    """The model whose tokenizer or processor files are copied; `None` when there are none.
+
+    Raises:
+        ConfigError: The recipe's `tokenizer` names a model that is not part of the merge, or has no such files.
+    """
+    wanted = plan.config.tokenizer
+    candidates = {source.name: source for source in plan.sources}
+    if wanted is None:
+        return next((s for s in candidates.values() if s.folder is not None and processor_files(s.folder)), None)
+    if wanted not in candidates:
+        raise ConfigError(f"tokenizer='{wanted}' is none of the models of this merge: {', '.join(candidates)}.")
+    source = candidates[wanted]
+    if source.folder is None or not processor_files(source.folder):
+        raise ConfigError(f"tokenizer='{wanted}': {source} has no tokenizer or processor files.")
+    return source
+
+
+def _copy_processors(plan: MergePlan, folder: Path) -> None:
+    source = processor_source(plan)
+    if source is None:
+        return
+    files = processor_files(source.folder)
+    if getattr(source.model_class, "_auto_class", None) or getattr(source.config, "auto_map", None):
+        files += [path.relative_to(source.folder) for path in sorted(source.folder.glob("*.py"))]
+    for path in files:
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.folder / path, target)

@@ -1,0 +1,250 @@
+"""The streaming engine: reads a parameter of every model, merges it, hands the result to a sink, and forgets it.
+
+Reading, computing and writing overlap. What is in memory at any time is bounded by a few parameters, never by the model.
+The engine knows no formulas and the methods know no files.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+from ..checkpoints.conversion import SaveGroup
+from ..errors import NonFiniteError
+from ..methods.base import TensorGroup, TensorMethod
+from ..registry import get_merge_method
+from .placement import Placement
+from .plan import MergePlan, PlannedParameter
+
+
+READ_AHEAD = 2
+"""How many save groups are read ahead of the one being merged."""
+
+
+class Sink(Protocol):
+    """Where merged tensors go, by their names on disk."""
+
+    def wants(self, keys: list[str]) -> bool: ...
+
+    def write(self, key: str, tensor: Tensor) -> None: ...
+
+
+@dataclass
+class MergeReport:
+    """What happened: one row per parameter, and the run as a whole.
+
+    **Attributes**:
+        - **parameters** (`dict[str, dict]`) -- Per parameter: kind, action, method, norms, and what the method reports.
+        - **seconds** (`dict[str, float]`) -- Wall time by phase.
+        - **peak_memory_bytes** (`int`) -- The largest resident set of the process so far.
+        - **dropped** (`list[dict]`), **notes** (`list[str]`) -- As planned.
+    """
+
+    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    dropped: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        return dict(vars(self))
+
+
+@dataclass
+class Loaded:
+    """The stored tensors of one parameter."""
+
+    experts: list[Tensor]
+    base: Tensor | None
+
+
+class StreamingEngine:
+    """Runs a plan of data-free methods.
+
+    Args:
+        plan ([`MergePlan`]): A checked plan.
+        placement ([`Placement`]): Where the arithmetic of each parameter is done.
+    """
+
+    def __init__(self, plan: MergePlan, placement: Placement):
+        self.plan = plan
+        self.placement = placement
+        self.report = MergeReport(dropped=[vars(entry) for entry in plan.dropped], notes=list(plan.notes))
+        self._methods: dict[str, TensorMethod] = {}
+        self._by_name = {parameter.name: parameter for parameter in plan.parameters}
+
+    def run(self, groups: list[SaveGroup], sink: Sink) -> MergeReport:
+        """Merges every group that the sink wants and writes it.
+
+        Args:
+            groups (`list[SaveGroup]`): Parameters that are written together, in the order of writing.
+            sink ([`Sink`]): Where the tensors go.
+        """
+        pending = [group for group in groups if sink.wants(list(group.disk))]
+        start = time.perf_counter()
+        if pending:
+            self._survey()
+        self.report.seconds["survey"] = time.perf_counter() - start
+        start = time.perf_counter()
+        total = sum(info.nbytes for group in pending for info in group.disk.values())
+        with progress(total, "Merging") as bar, ThreadPoolExecutor(1, "hf_merge-write") as writer:
+            writing: Future | None = None
+            for group, loaded in self._read_ahead(pending):
+                merged = {name: self._finish(self._by_name[name], tensors) for name, tensors in loaded.items()}
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(self._write, group, merged, sink, bar)
+            if writing is not None:
+                writing.result()
+        self.report.seconds["merge"] = time.perf_counter() - start
+        self.report.peak_memory_bytes = peak_memory_bytes()
+        return self.report
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def _read_ahead(self, groups: list[SaveGroup]) -> Iterator[tuple[SaveGroup, dict[str, Loaded]]]:
+        """The groups with their tensors, the next ones being read while the current one is used."""
+        with ThreadPoolExecutor(1, "hf_merge-read") as reader:
+            waiting: list[tuple[SaveGroup, Future]] = []
+            remaining = iter(groups)
+            try:
+                while True:
+                    while len(waiting) < READ_AHEAD and (group := next(remaining, None)) is not None:
+                        waiting.append((group, reader.submit(self._read_group, group.names)))
+                    if not waiting:
+                        return
+                    group, future = waiting.pop(0)
+                    yield group, future.result()
+            finally:
+                for _, future in waiting:
+                    future.cancel()
+
+    def _read_group(self, names: list[str]) -> dict[str, Loaded]:
+        return {name: self.read(self._by_name[name]) for name in names}
+
+    def read(self, parameter: PlannedParameter) -> Loaded:
+        """The stored tensors of a parameter, in the order of the experts."""
+        base = self.plan.base
+        if parameter.action == "copy":
+            if parameter.copy_from == "base":
+                return Loaded([], base.read(parameter.base))
+            source = next(source for source in self.plan.experts if source.name == parameter.copy_from)
+            index = self.plan.experts.index(source) if len(parameter.experts) > 1 else 0
+            return Loaded([source.read(parameter.experts[index])], None)
+        experts = [source.read(name) for source, name in zip(self.plan.experts, parameter.experts, strict=True)]
+        return Loaded(experts, base.read(parameter.base) if parameter.base is not None and base is not None else None)
+
+    # -- computing ------------------------------------------------------------------------------------------------
+
+    def _method(self, merge_type: str) -> TensorMethod:
+        if merge_type not in self._methods:
+            self._methods[merge_type] = get_merge_method(merge_type).method_cls()
+        return self._methods[merge_type]
+
+    def _group(self, parameter: PlannedParameter, loaded: Loaded) -> TensorGroup:
+        device = self.placement.device_of(parameter.name)
+        return TensorGroup(
+            name=parameter.name,
+            kind=parameter.kind,
+            stored_base=loaded.base.to(device) if loaded.base is not None else None,
+            stored_experts=[tensor.to(device) for tensor in loaded.experts],
+            expert_names=tuple(source.name for source in self.plan.experts),
+            settings=parameter.settings,
+            seed=self.plan.config.seed,
+        )
+
+    def _survey(self) -> None:
+        """Shows the whole model to the methods that ask for it."""
+        by_method: dict[str, list[PlannedParameter]] = {}
+        for parameter in self.plan.parameters:
+            if parameter.action == "merge":
+                by_method.setdefault(parameter.settings.merge_type, []).append(parameter)
+        for merge_type, parameters in by_method.items():
+            method, settings = self._method(merge_type), parameters[0].settings
+            for round in range(method.rounds(settings)):
+                method.conclude(self._observations(method, parameters, round), round, settings)
+
+    def _observations(
+        self, method: TensorMethod, parameters: list[PlannedParameter], round: int
+    ) -> Iterator[tuple[str, Any]]:
+        total = sum(parameter.info.nbytes for parameter in parameters)
+        with progress(total, f"Surveying ({round + 1})") as bar:
+            groups = [SaveGroup([parameter.name], {}, True) for parameter in parameters]
+            for group, loaded in self._read_ahead(groups):
+                parameter = self._by_name[group.names[0]]
+                yield parameter.name, method.observe(self._group(parameter, loaded[parameter.name]), round)
+                bar.update(parameter.info.nbytes)
+
+    @torch.no_grad()
+    def _finish(self, parameter: PlannedParameter, loaded: Loaded) -> Tensor:
+        """The merged value in its output dtype, on the CPU."""
+        row: dict[str, Any] = {"kind": parameter.kind.value, "action": parameter.action}
+        self.report.parameters[parameter.name] = row
+        if parameter.action == "copy":
+            stored = loaded.experts[0] if loaded.experts else loaded.base
+            row["from"] = parameter.copy_from
+            return stored.to(parameter.info.dtype)
+        group = self._group(parameter, loaded)
+        if parameter.action == "mean":
+            merged = group.mean()
+        else:
+            row["method"] = parameter.settings.merge_type
+            merged = self._method(parameter.settings.merge_type)(group)
+        result = merged.to(parameter.info.dtype)
+        if not bool(torch.isfinite(result).all()):
+            raise NonFiniteError(self._describe_non_finite(parameter, group, merged))
+        row["norm"] = float(torch.linalg.vector_norm(merged))
+        if group.base is not None:
+            row["task_vector_norm"] = float(torch.linalg.vector_norm(merged - group.base))
+        row.update(group.report)
+        return result.cpu()
+
+    def _describe_non_finite(self, parameter: PlannedParameter, group: TensorGroup, merged: Tensor) -> str:
+        sources = [
+            source for source, tensor in zip(self.plan.experts, group.experts()) if not torch.isfinite(tensor).all()
+        ]
+        if sources:
+            return f"The parameter '{parameter.name}' of {', '.join(map(str, sources))} holds NaN or infinity."
+        if group.base is not None and not torch.isfinite(group.base).all():
+            return f"The parameter '{parameter.name}' of the base model holds NaN or infinity."
+        if torch.isfinite(merged).all():
+            dtype = str(parameter.info.dtype).removeprefix("torch.")
+            return f"The merged parameter '{parameter.name}' is too large for {dtype}: pass dtype='bfloat16' or 'float32'."
+        return f"Merging '{parameter.name}' with '{parameter.settings.merge_type}' gave NaN or infinity: check its settings."
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    def _write(self, group: SaveGroup, merged: Mapping[str, Tensor], sink: Sink, bar: tqdm) -> None:
+        for key, tensor in on_disk(self.plan, group, merged).items():
+            sink.write(key, tensor)
+            bar.update(group.disk[key].nbytes)
+
+
+def on_disk(plan: MergePlan, group: SaveGroup, merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a save group under their names on disk."""
+    if group.is_plain:
+        return {next(iter(group.disk)): merged[group.names[0]]}
+    return plan.target.converter.to_disk(merged)
+
+
+def progress(total: int, phase: str) -> tqdm:
+    """A progress bar in bytes, hidden when transformers' progress bars are."""
+    hidden = not transformers_logging.is_progress_bar_enabled()
+    return tqdm(total=total, desc=phase, unit="B", unit_scale=True, disable=hidden or None)
+
+
+def peak_memory_bytes() -> int:
+    """The peak resident set of this process."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,352 @@
+"""[`Merger`]: from models and a recipe to a merged model.
+
+It opens the models, has a plan made and checked, and hands it to the engine that the method needs. Nothing of a model that
+the user passed in is ever changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import __version__
+from .checkpoints.conversion import SaveGroup, plan_saving
+from .checkpoints.folder import OutputFolder, check_output
+from .checkpoints.layout import CheckpointLayout, plan_layout
+from .checkpoints.source import ModelReference, ModelSource, open_source
+from .config import MergeConfig
+from .engines.placement import Placement
+from .engines.plan import MergePlan, build_plan
+from .engines.sealing import head_tensors, processor_source, result_config, result_dtype, seal
+from .engines.streaming import MergeReport, StreamingEngine, on_disk
+from .errors import ConfigError, MergeError, PlanError, suggest
+from .hub import HubMixin, upload_folder
+from .modeling.assembly import assemble, transfer_backbone
+from .registry import get_merge_method
+
+
+BASE = "base"
+
+
+class Merger(HubMixin):
+    """Merges models. Use [`Merger.from_pretrained`].
+
+    **Attributes**:
+        - **plan** ([`MergePlan`]) -- What will happen; made from headers on first use.
+        - **report** ([`MergeReport`], *optional*) -- What happened, after a merge.
+        - **model** ([`~transformers.PreTrainedModel`], *optional*) -- The merged model, after [`~Merger.merge`].
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[ModelSource],
+        config: MergeConfig,
+        base: ModelSource | None = None,
+        placement: Placement | None = None,
+    ):
+        self.experts = list(experts)
+        self.config = config
+        self.base = base
+        self.placement = placement or Placement()
+        self.report: MergeReport | None = None
+        self.model: PreTrainedModel | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        experts: Mapping[str, Any] | Sequence[Any] | None = None,
+        config: MergeConfig | None = None,
+        *,
+        base_model: Any = None,
+        dtype: str | torch.dtype | None = None,
+        device_map: str | Mapping[str, str | int] | None = None,
+        trust_remote_code: bool = False,
+        **hub_kwargs,
+    ) -> Merger:
+        """Opens the models (configs and headers; no weights yet).
+
+        Args:
+            experts (`dict` or `list`, *optional*): The experts, by task name or in order: paths, Hub ids, `PreTrainedModel`s,
+                state dicts. The recipe's own when not given.
+            config ([`MergeConfig`], *optional*): The recipe. `WudiConfig()` when a base model is known, `LinearConfig()`
+                otherwise.
+            base_model (*optional*): The model that the experts were fine-tuned from. When not given: the recipe's, or the one
+                that the model cards of all experts agree on.
+            dtype (`str` or `torch.dtype`, *optional*): The dtype of the merged weights; the first expert's by default.
+            device_map (`str` or `dict`, *optional*): Where the arithmetic is done: `"cpu"` (default), `"auto"`, `"cuda:0"`, or a
+                dictionary from module-name prefixes to devices.
+            trust_remote_code (`bool`): Whether code from the models' repositories may run.
+            hub_kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, for all models.
+
+        Returns:
+            [`Merger`]
+
+        Raises:
+            MergeError: A model cannot be opened, or the recipe is invalid.
+        """
+        unknown = sorted(set(hub_kwargs) - set(HubMixin.split_hub_kwargs(dict(hub_kwargs))))
+        if unknown:
+            raise ConfigError(
+                f"Merger.from_pretrained has no argument '{unknown[0]}'.{suggest(unknown[0], _ARGUMENTS)}"
+            )
+        if config is not None and not isinstance(config, MergeConfig):
+            raise ConfigError(f"config must be a MergeConfig such as WudiConfig(), got {type(config).__name__}.")
+        if experts is None:
+            experts = (config.experts if config is not None else None) or {}
+        if base_model is None and config is not None:
+            base_model = config.base_model
+        named = name_experts(experts)
+        placement = Placement(device_map)
+        sources = _open_experts(named, trust_remote_code, hub_kwargs)
+        if base_model is None:
+            base_model = infer_base(sources)
+        base = None
+        if base_model is not None:
+            base = open_source(
+                BASE, base_model, template=sources[0], trust_remote_code=trust_remote_code, **hub_kwargs
+            )
+        config = copy.deepcopy(config) if config is not None else default_config(base is not None)
+        if dtype is not None:
+            config.dtype = str(dtype).removeprefix("torch.")
+        config.__post_init__()
+        return cls(sources, config, base, placement)
+
+    # -- planning -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def plan(self) -> MergePlan:
+        """What will happen, with the problems found; see [`~Merger.check`]."""
+        plan = build_plan(self.config, self.experts, self.base)
+        try:
+            processor_source(plan)
+        except ConfigError as error:
+            plan.problems.append(str(error))
+        return plan
+
+    def check(self, save_directory: str | os.PathLike | None = None) -> MergePlan:
+        """Checks everything that headers and the file system reveal, before a weight is read.
+
+        Args:
+            save_directory (`str`, *optional*): Also check that this folder can be written.
+
+        Returns:
+            [`MergePlan`]: Print it to read what will happen.
+
+        Raises:
+            PlanError: Lists all problems at once.
+        """
+        problems = list(self.plan.problems)
+        if save_directory is not None:
+            problems += check_output(Path(save_directory), self.plan.nbytes)
+        if problems:
+            raise PlanError(problems)
+        return self.plan
+
+    # -- merging --------------------------------------------------------------------------------------------------
+
+    def merge(self) -> PreTrainedModel:
+        """Merges in memory.
+
+        Returns:
+            [`~transformers.PreTrainedModel`]: Of the first expert's class, on the CPU, in evaluation mode. Where heads are kept per
+            task it has the first expert's; see [`~Merger.model_for`].
+
+        Raises:
+            PlanError: The models cannot be merged; lists every reason.
+        """
+        plan = self.check()
+        groups = [SaveGroup([name], {name: info}, True) for name, info in plan.outputs.items()]
+        sink = _StateDict()
+        self.report = StreamingEngine(plan, self.placement).run(groups, sink)
+        generation_config = plan.target.generation_config
+        self.model = assemble(
+            plan.target.model_class, result_config(plan), sink.tensors, result_dtype(plan), generation_config
+        )
+        return self.model
+
+    def model_for(self, task: str) -> PreTrainedModel:
+        """The merged backbone under one expert's own head.
+
+        Args:
+            task (`str`): The expert's name.
+
+        Returns:
+            [`~transformers.PreTrainedModel`]: Of that expert's class and config. It has weights of its own.
+        """
+        names = [source.name for source in self.experts]
+        if task not in names:
+            raise ConfigError(f"No expert is called '{task}'.{suggest(task, names)} Experts: {', '.join(names)}.")
+        model = self.model if self.model is not None else self.merge()
+        head = self.plan.heads.get(task)
+        if head is None:
+            return copy.deepcopy(model)
+        source = self.experts[names.index(task)]
+        state = transfer_backbone(self.plan.target.anatomy, source.anatomy, model.state_dict())
+        return assemble(source.model_class, source.config, state | head_tensors(source, head), result_dtype(self.plan))
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        max_shard_size: int | str = "5GB",
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs,
+    ) -> None:
+        """Writes the merged model as a folder that `from_pretrained` loads.
+
+        Without a [`~Merger.merge`] before, the merge is streamed from disk to disk and the model is never in memory. The folder
+        is complete or absent: a merge that was killed leaves `<folder>.partial`, and running it again continues there.
+
+        Args:
+            save_directory (`str`): The folder; it must be absent or empty.
+            max_shard_size (`int` or `str`): The largest weight file.
+            push_to_hub (`bool`): Also upload the folder.
+            repo_id (`str`, *optional*): Where to; the folder's name by default.
+            kwargs: `commit_message`, `private`, `token`, `revision`, `create_pr` for the upload.
+
+        Raises:
+            PlanError: The models cannot be merged or the folder cannot be written; lists every reason.
+            OutputError: Writing failed; nothing is left behind.
+        """
+        folder = Path(save_directory)
+        plan = self.check(folder)
+        target = plan.target
+        groups = plan_saving(target.converter, target.layout, plan.outputs)
+        layout = plan_layout({key: info for group in groups for key, info in group.disk.items()}, max_shard_size)
+        with OutputFolder(folder, layout, self._fingerprint(layout)) as output:
+            if self.model is None:
+                self.report = StreamingEngine(plan, self.placement).run(groups, output)
+            else:
+                self._write_model(groups, output)
+            seal(plan, output, self.report)
+        if push_to_hub:
+            upload_folder(folder, repo_id or folder.name, **kwargs)
+
+    def _write_model(self, groups: Sequence[SaveGroup], output: OutputFolder) -> None:
+        state = self.model.state_dict()
+        for group in groups:
+            merged = {name: state[name].to("cpu", self.plan.outputs[name].dtype) for name in group.names}
+            for key, tensor in on_disk(self.plan, group, merged).items():
+                output.write(key, tensor)
+
+    def _fingerprint(self, layout: CheckpointLayout) -> str:
+        """Identifies recipe, inputs and layout: equal fingerprints give equal bytes, so finished shards can be kept."""
+        in_memory = self.model is not None or any(source.folder is None for source in self.plan.sources)
+        content = [
+            __version__,
+            self.config.to_dict(),
+            self.plan.to_dict()["parameters"],
+            [source.storage.fingerprint() for source in self.plan.sources],
+            [[shard.filename, shard.nbytes] for shard in layout.shards],
+            str(uuid.uuid4()) if in_memory else "",
+        ]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+_ARGUMENTS = (
+    "experts",
+    "config",
+    "base_model",
+    "dtype",
+    "device_map",
+    "trust_remote_code",
+    "revision",
+    "token",
+    "cache_dir",
+)
+
+
+class _StateDict:
+    """A sink that keeps the merged parameters."""
+
+    def __init__(self):
+        self.tensors: dict[str, Tensor] = {}
+
+    def wants(self, keys: list[str]) -> bool:
+        return True
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        self.tensors[key] = tensor
+
+
+def default_config(base_known: bool) -> MergeConfig:
+    """`WudiConfig()` when there is a base model to take task vectors from, the plain average otherwise."""
+    return get_merge_method("wudi" if base_known else "linear").config_cls()
+
+
+def name_experts(experts: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
+    """Names the experts of a list after their last path component, and checks given names.
+
+    Raises:
+        ConfigError: There are none, or a name cannot be a folder's name.
+    """
+    if isinstance(experts, (str, Path)) or not isinstance(experts, (Mapping, Sequence)):
+        raise ConfigError(f"experts must be a list or a dictionary of models, got {type(experts).__name__}.")
+    if not experts:
+        raise ConfigError("No experts were given: pass a list or a dictionary {task: model} with at least one.")
+    if not isinstance(experts, Mapping):
+        named: dict[str, Any] = {}
+        for index, expert in enumerate(experts):
+            stem = Path(expert).name if isinstance(expert, (str, Path)) else f"expert_{index}"
+            stem = re.sub(r"[^A-Za-z0-9._-]", "_", stem) or f"expert_{index}"
+            named[stem if stem not in named and stem != BASE else f"{stem}_{index}"] = expert
+        experts = named
+    for name in experts:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) or name == BASE:
+            raise ConfigError(
+                f"Invalid expert name {name!r}: use letters, digits, '.', '_' and '-' ('{BASE}' means the base model)."
+            )
+    return dict(experts)
+
+
+def _open_experts(named: Mapping[str, Any], trust_remote_code: bool, hub_kwargs: dict) -> list[ModelSource]:
+    """Opens all experts and reports everything that is wrong with any of them. State dicts take the config of the first model
+    that has one."""
+    opened: dict[str, ModelSource] = {}
+    errors: list[MergeError] = []
+    bare = [name for name, model in named.items() if isinstance(model, Mapping) and "model" not in model]
+    for name in [*(name for name in named if name not in bare), *bare]:
+        template = next(iter(opened.values()), None)
+        try:
+            opened[name] = open_source(
+                name, named[name], template=template, trust_remote_code=trust_remote_code, **hub_kwargs
+            )
+        except MergeError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise PlanError(str(error) for error in errors)
+    return [opened[name] for name in named]
+
+
+def infer_base(experts: Sequence[ModelSource]) -> ModelReference | None:
+    """The base model that the model cards of all experts name, if they agree on one that is not an expert itself."""
+    from huggingface_hub import ModelCard
+
+    bases = set()
+    for source in experts:
+        card = source.folder / "README.md" if source.folder is not None else None
+        if card is None or not card.is_file():
+            return None
+        named = ModelCard.load(card, ignore_metadata_errors=True).data.base_model
+        bases.add(named if isinstance(named, str) else None)
+    base = bases.pop() if len(bases) == 1 else None
+    if base is None or base in [source.reference.model for source in experts]:
+        return None
+    return ModelReference(base)

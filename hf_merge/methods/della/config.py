@@ -1,0 +1,30 @@
+"""Settings of DELLA-Merging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...settings import setting
+from ..sparsify import SparseMergeConfig
+
+
+@dataclass
+class DellaConfig(SparseMergeConfig):
+    """DELLA-Merging: DARE with drop probabilities that fall with the magnitude (MAGPRUNE, arXiv 2406.11617).
+
+    Args:
+        density (`float`): The mean probability with which an entry of a task vector is kept, 1 − p.
+        epsilon (`float`): The width of the range of the probabilities: from p − ε/2 for the largest entry of a row to p + ε/2
+            for the smallest. It narrows where it would leave [0, 1], so that the mean stays p.
+        rescale (`bool`): Divide each entry that is kept by its own probability of being kept.
+        combination (`str`): `"ties"`, as in the paper, or `"linear"`.
+        scaling, weights, normalize, majority_sign: See [`SparseMergeConfig`].
+    """
+
+    merge_type: ClassVar[str] = "della"
+
+    combination: str = setting("ties", "How sparse task vectors combine.", choices=("linear", "ties"))
+    density: float = setting(0.5, "Mean probability of keeping an entry.", minimum=0.0, maximum=1.0, scope="expert")
+    epsilon: float = setting(0.1, "Width of the range of probabilities.", minimum=0.0, maximum=1.0, scope="expert")
+    rescale: bool = setting(True, "Divide each entry that is kept by its probability.")

@@ -1,0 +1,93 @@
+"""Inner products, norms and arcs, for the methods that treat parameters, or their rows, as points on a sphere.
+
+Inner products are summed in float64 in pieces of fixed size: the angle between a model and its fine-tune is small, and what is
+left of it after rounding in float32 is noise; and the bits of the result must not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+_CHUNK = 1 << 20
+_PIECE = 1 << 14  # summed by one thread, whatever their number
+_LINEAR_SINE = 1e-6  # an arc this short is a straight line; this close to a half circle it has no direction
+
+
+def dot(first: Tensor, second: Tensor) -> float:
+    """⟨x, y⟩ of two tensors of one shape, in float64."""
+    parts = [
+        _sum(x.double() * y.double())
+        for x, y in zip(first.reshape(-1).split(_CHUNK), second.reshape(-1).split(_CHUNK), strict=True)
+    ]
+    return float(torch.stack(parts).sum()) if parts else 0.0
+
+
+def row_dots(first: Tensor, second: Tensor) -> Tensor:
+    """⟨x_r, y_r⟩ of each row of two matrices (rows, entries): float64, (rows, 1)."""
+    if first.shape[0] == 1:
+        return torch.tensor([[dot(first, second)]], dtype=torch.float64, device=first.device)
+    step = max(1, _CHUNK // max(1, first.shape[1]))
+    pairs = zip(first.split(step), second.split(step), strict=True)
+    return torch.cat([(x.double() * y.double()).sum(dim=1, keepdim=True) for x, y in pairs])
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """‖x_r‖ of each row of a matrix: float64, (rows, 1)."""
+    return row_dots(rows, rows).sqrt_()
+
+
+def slerp_rows(t: float, first: Tensor, second: Tensor, threshold: float = 1.0) -> Tensor:
+    """Spherical interpolation between the rows of two matrices: (sin((1−t)θ) x + sin(tθ) y) / sin θ (Shoemake 1985).
+
+    It is linear, (1−t) x + t y, where |cos θ| is above `threshold`, and where no arc is defined because the rows are parallel,
+    opposite or zero.
+
+    Args:
+        t (`float`): The position, 0 at the first and 1 at the second.
+        first, second (`torch.Tensor`): (rows, entries).
+        threshold (`float`): Of |cos θ|.
+
+    Returns:
+        `torch.Tensor`: A new tensor, (rows, entries).
+    """
+    lengths = row_norms(first).mul_(row_norms(second))
+    cos = row_dots(first, second).div_(lengths.masked_fill(lengths == 0, 1.0)).clamp_(-1.0, 1.0)
+    angle = torch.acos(cos)
+    sine = torch.sin(angle)
+    linear = (lengths == 0) | (cos.abs() > threshold) | (sine < _LINEAR_SINE)
+    sine = sine.masked_fill_(linear, 1.0)
+    near = torch.where(linear, 1.0 - t, torch.sin((1.0 - t) * angle) / sine)
+    far = torch.where(linear, t, torch.sin(t * angle) / sine)
+    return first * near.to(first.dtype) + second * far.to(second.dtype)
+
+
+def unit_gram(vector: Callable[[int], Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """The norms of `count` vectors, (count,), and the inner products of their unit vectors, (count, count), both float64 on the CPU.
+
+    Two vectors are held at a time. A zero vector has the inner product 0 with every vector.
+    """
+    gram = torch.zeros(count, count, dtype=torch.float64)
+    for row in range(count):
+        first = vector(row)
+        for column in range(row + 1):
+            gram[row, column] = gram[column, row] = dot(first, first if row == column else vector(column))
+    norms = gram.diagonal().sqrt()
+    scale = norms.masked_fill(norms == 0, 1.0)
+    return norms, gram / scale / scale[:, None]
+
+
+def combine(vector: Callable[[int], Tensor], coefficients: Sequence[float]) -> Tensor:
+    """Σ c_i v_i, one vector at a time, as a new tensor."""
+    total = vector(0) * coefficients[0]
+    for index in range(1, len(coefficients)):
+        total.add_(vector(index), alpha=coefficients[index])
+    return total
+
+
+def _sum(values: Tensor) -> Tensor:
+    whole = values.numel() // _PIECE * _PIECE
+    return values[:whole].view(-1, _PIECE).sum(dim=1).sum() + values[whole:].sum()

@@ -1,0 +1,108 @@
+"""Keeping the largest entries of a task vector, of one parameter or of the whole model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import TensorGroup, TensorMethod
+from .selection import (
+    HIGH_BINS,
+    LOW_BINS,
+    Cut,
+    count_kept,
+    cut_largest,
+    high_histogram,
+    locate,
+    low_histogram,
+    magnitude_of,
+)
+
+
+Target = tuple[str, float]
+"""What has one threshold in `scope="model"`: an expert's name and a density (rules and gradients may set several)."""
+
+SparseHistogram = tuple[Tensor, Tensor]
+"""The bins of a histogram that are not empty, and their counts: a parameter's magnitudes fill few of them."""
+
+Observation = dict[str, tuple[float, dict[int, SparseHistogram]]]
+"""For each expert its density and its histograms: of the high bits under the key -1, or of the low bits under the high ones."""
+
+
+class TrimmingMethod(TensorMethod):
+    """A method that trims each task vector to the `density` largest entries, with the settings `density` and `scope`.
+
+    With `scope="model"` an expert's threshold is the k-th largest magnitude (float32) over all parameters that are merged. It is
+    found exactly in two rounds, the high and then the low bits of the magnitudes. Entries equal to it are all kept, so that the
+    order of the parameters does not matter.
+    """
+
+    requires_base = True
+
+    def __init__(self) -> None:
+        self._bins: dict[Target, tuple[int, int]] = {}
+        self._cuts: dict[Target, Cut] = {}
+
+    def cut(self, group: TensorGroup, index: int) -> Cut:
+        """What separates the entries of expert `index` that are kept in this parameter."""
+        density = group.settings.density[index]
+        if group.settings.scope == "model":
+            return self._cuts[group.expert_names[index], density]
+        return cut_largest(group.task_vector(index), count_kept(density, group.shape.numel()))
+
+    def kept(self, group: TensorGroup, vector: Tensor, cut: Cut) -> Tensor:
+        """The mask (bool) of the entries of a task vector that a cut keeps."""
+        return cut.mask(vector.float() if group.settings.scope == "model" else vector)
+
+    def rounds(self, settings: Any) -> int:
+        return 2 if settings.scope == "model" else 0
+
+    def observe(self, group: TensorGroup, round: int) -> Observation:
+        if group.base is None:
+            return {}
+        observed: Observation = {}
+        for index, name in enumerate(group.expert_names):
+            magnitudes = group.task_vector(index).float()
+            if round == 0:
+                histograms = {-1: _sparse(high_histogram(magnitudes))}
+            else:
+                chosen = {high for (expert, _), (high, _) in self._bins.items() if expert == name and high >= 0}
+                histograms = {high: _sparse(low_histogram(magnitudes, high)) for high in sorted(chosen)}
+            observed[name] = (group.settings.density[index], histograms)
+        return observed
+
+    def conclude(self, observations: Iterator[tuple[str, Any]], round: int, settings: Any) -> None:
+        size = HIGH_BINS if round == 0 else LOW_BINS
+        totals: dict[tuple[str, int], Tensor] = defaultdict(lambda: torch.zeros(size, dtype=torch.int64))
+        targets: set[Target] = set()
+        for _, observed in observations:
+            for name, (density, histograms) in observed.items():
+                targets.add((name, density))
+                for high, (bins, counts) in histograms.items():
+                    totals[name, high].index_add_(0, bins, counts)
+        if round == 0:
+            self._bins = {target: _choose_bin(totals[target[0], -1], target[1]) for target in targets}
+        else:
+            self._cuts = {target: self._conclude_cut(target, totals) for target in targets}
+
+    def _conclude_cut(self, target: Target, totals: dict[tuple[str, int], Tensor]) -> Cut:
+        high, rank = self._bins[target]
+        if high < 0:
+            return Cut.nothing()
+        low, _ = locate(totals[target[0], high], rank)
+        return Cut(magnitude_of(high, low))
+
+
+def _sparse(histogram: Tensor) -> SparseHistogram:
+    bins = histogram.nonzero().squeeze(1)
+    return bins.cpu(), histogram[bins].cpu()
+
+
+def _choose_bin(histogram: Tensor, density: float) -> tuple[int, int]:
+    """The bin of the high bits that holds the threshold and the rank inside it; (-1, 0) when nothing is kept."""
+    k = count_kept(density, int(histogram.sum()))
+    return locate(histogram, k) if k else (-1, 0)

@@ -1,0 +1,62 @@
+"""Settings of the WUDI family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...config import LinearLayersConfig
+from ...settings import setting
+
+
+@dataclass
+class WudiConfig(LinearLayersConfig):
+    """WUDI-Merging (arXiv 2503.08099), its spectral form (arXiv 2606.07289) and OptMerge (arXiv 2505.19892).
+
+    All solvers work on the interference of each linear layer, L(M) = Σ_i ‖(M − T_i) T_iᵀ‖² / ‖T_i‖².
+
+    Args:
+        solver (`str`): How L is minimised. `"adaptive"`: in closed form, on the directions that the effective rank of the layer
+            counts. `"spectral"`: in closed form, with an exponential filter on the top directions. `"adam"`: the first paper's
+            gradient descent. `"sgd"`: plain gradient descent. `"closed_form"`: the exact minimiser, which overfits the
+            interference and gives worse models. `"optmerge"`: Adam on denoised targets and projectors.
+        num_steps (`int`): Steps of `"adam"`, `"sgd"` and `"optmerge"`.
+        learning_rate (`float`, *optional*): Their step size. When not given: 1e-5 with Adam; with `"sgd"` half the inverse of
+            the curvature's Frobenius norm, which never diverges.
+        initial (`str`, *optional*): Where they start: at the `"sum"` or the `"mean"` of the task vectors. When not given: the
+            sum with Adam, the mean with `"sgd"`.
+        time (`float`): t of the spectral filter 1 − e^{−λt}: how long the gradient flow that it stands for runs.
+        rank_ratio (`float`): The part of the input dimension on which `"spectral"` acts; the other directions keep the sum.
+        ridge (`float`): ρ of `"closed_form"`, relative to the mean eigenvalue of the Gram matrix.
+        normalize (`bool`): Solve `"adam"` and `"optmerge"` on task vectors that are scaled to a fixed root mean square, one
+            factor per layer, and scale back. Adam's step is absolute: without it the result depends on the size of the task
+            vectors. The other solvers do not depend on it.
+        equalize_norms (`bool`): Scale every expert's task vector to the geometric mean of the experts' norms, taken over the
+            linear layers of the whole model.
+        warn_norm_ratio (`float`, *optional*): Warn when the largest norm of a task vector exceeds the smallest by this factor.
+            Norms take one more pass over the checkpoints; `None` saves it.
+    """
+
+    merge_type: ClassVar[str] = "wudi"
+
+    solver: str = setting(
+        "adaptive",
+        "How the interference is minimised.",
+        choices=("adaptive", "spectral", "closed_form", "adam", "sgd", "optmerge"),
+    )
+    num_steps: int = setting(300, "Steps of the iterative solvers.", minimum=1)
+    learning_rate: float | None = setting(None, "Step size of the iterative solvers.", type=float, above=0)
+    initial: str | None = setting(
+        None, "Start of the iterative solvers: 'sum' or 'mean'.", type=str, choices=("sum", "mean")
+    )
+    time: float = setting(1300.0, "Time of the spectral filter.", above=0)
+    rank_ratio: float = setting(0.65, "Part of the input dimension on which 'spectral' acts.", above=0, maximum=1)
+    ridge: float = setting(1e-6, "Ridge of 'closed_form', relative to the mean eigenvalue.", above=0)
+    normalize: bool = setting(False, "Make Adam's absolute step independent of the size of the task vectors.")
+    equalize_norms: bool = setting(False, "Scale all experts' task vectors to one norm.", scope="merge")
+    warn_norm_ratio: float | None = setting(
+        5.0,
+        "Warn when the norms of the task vectors differ by this factor; null saves the pass.",
+        minimum=1,
+        scope="merge",
+    )

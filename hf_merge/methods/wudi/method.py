@@ -1,0 +1,233 @@
+"""WUDI-Merging on the linear layers of a model: builds each layer's objective and hands it to the chosen solver."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base import LINEAR_KINDS, LinearMethod, TaskMatrices, TensorGroup
+from .config import WudiConfig
+from .objective import Term, cheaper_to_descend, cheaper_to_diagonalize
+from .solvers import (
+    Solution,
+    adaptive_filter,
+    descend_adam,
+    descend_sgd,
+    exponential_filter,
+    solve_filtered,
+    solve_ridge,
+    spectrum,
+)
+
+
+REFERENCE_RMS = 4e-4
+"""Root mean square of a task vector that 300 Adam steps of 1e-5 suit: the scale that `normalize` solves at."""
+
+
+class Wudi(LinearMethod):
+    """W_0 + argmin_M Σ_i ‖(M − T_i) T_iᵀ‖² / ‖T_i‖², regularised by the solver (arXiv 2503.08099, eq. 9).
+
+    With `equalize_norms` or `warn_norm_ratio` every parameter is observed once before the merge, for the norms of the whole
+    task vectors.
+    """
+
+    def __init__(self):
+        self._scales: dict[str, float] = {}
+
+    def rounds(self, settings: WudiConfig) -> int:
+        return int(settings.equalize_norms or settings.warn_norm_ratio is not None)
+
+    def observe(self, group: TensorGroup, round: int) -> dict[str, float]:
+        """‖τ_i‖² by expert, of one linear weight; empty for other parameters."""
+        if group.kind not in LINEAR_KINDS or group.base is None:
+            return {}
+        return {
+            name: torch.linalg.vector_norm(vector).item() ** 2
+            for name, vector in zip(group.expert_names, group.task_vectors(), strict=True)
+        }
+
+    def conclude(self, observations: Iterator[tuple[str, Any]], round: int, settings: WudiConfig) -> None:
+        norms = _total_norms(observations)
+        if settings.equalize_norms and norms:
+            mean = math.exp(sum(map(math.log, norms.values())) / len(norms))
+            self._scales = {name: mean / norm for name, norm in norms.items()}
+        elif settings.warn_norm_ratio is not None:
+            _warn_of_mismatch(norms, settings.warn_norm_ratio)
+
+    def merge_matrix(self, task_matrices: TaskMatrices, group: TensorGroup) -> Tensor:
+        scales = [self._scales.get(name, 1.0) for name in group.expert_names]
+        vectors = _ScaledMatrices(task_matrices, scales, solve_dtype(task_matrices.base))
+        norms = [torch.linalg.vector_norm(vector).item() for vector in vectors]
+        vectors.drop([index for index, norm in enumerate(norms) if norm == 0])
+        if not vectors:
+            return torch.zeros_like(task_matrices.base)
+        solution = solve(vectors, [norm for norm in norms if norm > 0], group.settings)
+        _report(solution, group, task_matrices)
+        return solution.merged.to(task_matrices.base.dtype)
+
+
+class _ScaledMatrices(Sequence):
+    """s_i T_i in the dtype of the solver, made on access, one at a time."""
+
+    def __init__(self, matrices: TaskMatrices, scales: list[float], dtype: torch.dtype):
+        self._matrices = matrices
+        self._scales = scales
+        self._dtype = dtype
+        self._kept = list(range(len(matrices)))
+
+    def drop(self, indices: list[int]) -> None:
+        """Leaves experts out."""
+        self._kept = [index for index in self._kept if index not in indices]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, position: int) -> Tensor:
+        index = self._kept[position]
+        matrix = self._matrices[index].to(self._dtype)
+        return matrix if self._scales[index] == 1.0 else matrix.mul_(self._scales[index])
+
+
+def solve_dtype(like: Tensor) -> torch.dtype:
+    """The dtype of the closed forms and of the objective: float64, twice the time on a CPU, where the device has it.
+
+    Eigenvalues that float32 cannot tell from zero would decide the effective rank, and neighbouring eigenvectors mix at its
+    resolution. The steps of a descent are in float32.
+    """
+    return like.dtype if like.device.type == "mps" else torch.float64
+
+
+def solve(
+    vectors: Sequence[Tensor], norms: Sequence[float], settings: WudiConfig, in_features: int | None = None
+) -> Solution:
+    """Solves one layer.
+
+    Args:
+        vectors (`Sequence[torch.Tensor]`): T_i, each (out, in), in the dtype of the arithmetic; none is zero.
+        norms (`Sequence[float]`): ‖T_i‖.
+        settings ([`WudiConfig`]): Resolved for this layer.
+        in_features (`int`, *optional*): The layer's input dimension, where the T_i are given in coordinates of a subspace.
+    """
+    if settings.solver in ("adaptive", "spectral", "closed_form"):
+        return _solve_closed(vectors, norms, settings, in_features or vectors[0].shape[1])
+    return _solve_descent(vectors, norms, settings)
+
+
+def _solve_closed(
+    vectors: Sequence[Tensor], norms: Sequence[float], settings: WudiConfig, in_features: int
+) -> Solution:
+    shape = vectors[0].shape
+    form = cheaper_to_diagonalize(len(vectors) * shape[0], shape[1])
+    objective = form.build(_terms(vectors, norms), shape)
+    total = _sum(vectors)
+    before = objective.loss(total)
+    if settings.solver == "closed_form":
+        # tr(C) = Σ ‖T_i‖²/‖T_i‖² is the number of experts.
+        merged = solve_ridge(objective, settings.ridge * len(vectors) / in_features)
+        return Solution(merged, before, objective.loss(merged))
+    values, basis = spectrum(objective.curvature())
+    if settings.solver == "adaptive":
+        inverse = adaptive_filter(values)
+    else:
+        inverse = exponential_filter(values, settings.time, max(1, int(settings.rank_ratio * in_features)))
+    merged = solve_filtered(objective, total, values, basis, inverse)
+    return Solution(merged, before, objective.loss(merged), int(torch.count_nonzero(inverse)))
+
+
+def _solve_descent(vectors: Sequence[Tensor], norms: Sequence[float], settings: WudiConfig) -> Solution:
+    shape = vectors[0].shape
+    if settings.solver == "optmerge":
+        rank = max(1, min(shape) // len(vectors))
+        terms, rows = _denoised_terms(vectors, norms, rank), rank * len(vectors)
+    else:
+        terms, rows = _terms(vectors, norms), shape[0] * len(vectors)
+    objective = cheaper_to_descend(rows, shape[1]).build(terms, shape)
+    total = _sum(vectors)
+    before = objective.loss(total)
+    start = total.div_(len(vectors)) if _initial(settings) == "mean" else total
+    # Scaling every T_i by 1/s leaves C and the eigenvalues alone and makes Adam's absolute step s times as large.
+    scale = _rms(norms, shape) / REFERENCE_RMS if settings.normalize else 1.0
+    like = torch.empty_like(start, dtype=torch.float32 if start.dtype == torch.float64 else start.dtype)
+    if objective.is_minimal(start):
+        return Solution(start, before, objective.loss(start))
+    shifted = objective.recentred(start, scale, like.dtype)
+    if settings.solver == "sgd":
+        delta = descend_sgd(shifted, like, settings.learning_rate, settings.num_steps)
+    else:
+        rate = 1e-5 if settings.learning_rate is None else settings.learning_rate
+        delta = descend_adam(shifted, like, rate, settings.num_steps)
+    merged = start.add_(delta, alpha=scale)
+    return Solution(merged, before, objective.loss(merged))
+
+
+def _initial(settings: WudiConfig) -> str:
+    if settings.initial is not None:
+        return settings.initial
+    return "mean" if settings.solver == "sgd" else "sum"
+
+
+def _terms(vectors: Sequence[Tensor], norms: Sequence[float]) -> Iterator[Term]:
+    for vector, norm in zip(vectors, norms, strict=True):
+        yield Term(vector, vector, norm**-2)
+
+
+def _denoised_terms(vectors: Sequence[Tensor], norms: Sequence[float], rank: int) -> Iterator[Term]:
+    """OptMerge (arXiv 2505.19892): Y_i = SVD_K(T_i − T̄) + T̄ and P_i = S_K V_Kᵀ of T_i."""
+    mean = _sum(vectors) / len(vectors)
+    for vector, norm in zip(vectors, norms, strict=True):
+        _, values, right = torch.linalg.svd(vector, full_matrices=False)
+        left, centred, directions = torch.linalg.svd(vector - mean, full_matrices=False)
+        target = torch.addmm(mean, left[:, :rank] * centred[:rank], directions[:rank])
+        yield Term(target, values[:rank, None] * right[:rank], norm**-2)
+
+
+def _sum(vectors: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros_like(vectors[0])
+    for vector in vectors:
+        total += vector
+    return total
+
+
+def _rms(norms: Sequence[float], shape: torch.Size) -> float:
+    """Root mean square of the entries of all task vectors."""
+    return math.sqrt(sum(norm**2 for norm in norms) / (len(norms) * shape.numel()))
+
+
+def _report(solution: Solution, group: TensorGroup, matrices: TaskMatrices) -> None:
+    """Numbers for the merge report; means over the experts of a mixture, whose layers share one parameter."""
+    share = 1.0 if matrices.index is None else 1.0 / group.shape[0]
+    numbers = {"wudi_loss_before": solution.loss_before, "wudi_loss_after": solution.loss_after}
+    if solution.rank is not None:
+        numbers["effective_rank"] = solution.rank
+    for key, value in numbers.items():
+        group.report[key] = group.report.get(key, 0.0) + share * value
+
+
+def _total_norms(observations: Iterator[tuple[str, dict[str, float]]]) -> dict[str, float]:
+    """‖τ_i‖ over the linear layers, of the experts that differ from the base model."""
+    squares: dict[str, list[float]] = {}
+    for _, by_expert in observations:
+        for name, square in by_expert.items():
+            squares.setdefault(name, []).append(square)
+    # fsum is exact, so that the order in which parameters are observed does not matter.
+    totals = {name: math.sqrt(math.fsum(parts)) for name, parts in squares.items()}
+    return {name: norm for name, norm in totals.items() if norm > 0}
+
+
+def _warn_of_mismatch(norms: dict[str, float], limit: float) -> None:
+    if len(norms) < 2:
+        return
+    largest, smallest = max(norms, key=norms.get), min(norms, key=norms.get)
+    ratio = norms[largest] / norms[smallest]
+    if ratio > limit:
+        warnings.warn(
+            f"The task vector of '{largest}' has {ratio:.1f} times the norm of that of '{smallest}' "
+            f"({norms[largest]:.3g} against {norms[smallest]:.3g}): the merged model will follow '{largest}' and lose "
+            f"'{smallest}'. Set equalize_norms=True to scale them to one norm, or warn_norm_ratio=None if this is meant.",
+            stacklevel=2,
+        )

@@ -1,0 +1,112 @@
+"""The solvers of WUDI's objective: spectral filters in closed form, and gradient descent.
+
+All filters are one preconditioned gradient step from the sum of the task vectors. With C = V diag(l) Vᵀ, the result of
+arXiv 2606.07289, S − S V diag(f) Vᵀ + D V diag(f/l) Vᵀ, equals
+
+    M = S − (S C − D) V diag(φ) Vᵀ,   φ = f / l,
+
+because S V diag(f) = S C V diag(f/l). φ stays finite where l → 0, and null directions of C need no care: there both S C and D vanish.
+In the row form the same M is S − (S Rᵀ − F) U diag(φ) Uᵀ R with R Rᵀ = U diag(l) Uᵀ.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .objective import GramObjective, Objective, RowObjective
+
+
+@dataclass
+class Solution:
+    """The merged matrix, and what the report says about it."""
+
+    merged: Tensor
+    loss_before: float
+    loss_after: float
+    rank: int | None = None
+
+
+def spectrum(curvature: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues in falling order, those below the rounding error set to zero, and eigenvectors (columns)."""
+    values, vectors = torch.linalg.eigh(curvature)
+    values, vectors = values.flip(0), vectors.flip(1)
+    floor = values[0] * len(values) * torch.finfo(values.dtype).eps
+    return torch.where(values > floor, values, 0.0), vectors
+
+
+def effective_rank(values: Tensor) -> int:
+    """K = ⌈(Σ √l)² / Σ l⌉ (arXiv 2606.07289), between 1 and the rank."""
+    ratio = (values.sqrt().sum() ** 2 / values.sum()).item()
+    # An orthogonal spectrum gives an integer up to rounding; without the slack it would be counted one too high.
+    return max(1, math.ceil(ratio * (1 - 1e-9)))
+
+
+def adaptive_filter(values: Tensor) -> Tensor:
+    """φ = 1/l on the top K directions, 0 elsewhere.  values: (k,), in falling order."""
+    rank = min(effective_rank(values), int((values > 0).sum()))
+    inverse = torch.zeros_like(values)
+    inverse[:rank] = 1.0 / values[:rank]
+    return inverse
+
+
+def exponential_filter(values: Tensor, time: float, rank: int) -> Tensor:
+    """φ = (1 − e^{−lt})/l on the top `rank` directions, 0 elsewhere; t where l = 0."""
+    safe = torch.where(values > 0, values, 1.0)
+    inverse = torch.where(values > 0, -torch.expm1(-safe * time) / safe, time)
+    inverse[rank:] = 0.0
+    return inverse
+
+
+def solve_filtered(objective: Objective, total: Tensor, values: Tensor, vectors: Tensor, inverse: Tensor) -> Tensor:
+    """M = S − ½∇L(S) V diag(φ) Vᵀ, in either form of the objective.
+
+    Args:
+        objective ([`Objective`]): Of one layer.
+        total (`torch.Tensor`): S, shape (out, in).
+        values, vectors (`torch.Tensor`): The spectrum of its curvature, in falling order.
+        inverse (`torch.Tensor`): φ, by eigenvalue.
+    """
+    used = int(torch.count_nonzero(inverse))
+    basis = vectors[:, :used]
+    if isinstance(objective, RowObjective):
+        step = objective.residual(total) @ basis
+        return total - (step * inverse[:used]) @ (basis.mT @ objective.rows)
+    step = objective.half_gradient(total) @ basis
+    return total - (step * inverse[:used]) @ basis.mT
+
+
+def solve_ridge(objective: Objective, ridge: float) -> Tensor:
+    """The minimiser D (C + ρI)⁻¹ = F (R Rᵀ + ρI)⁻¹ R by a Cholesky factor."""
+    curvature = objective.curvature().clone()
+    curvature.diagonal().add_(ridge)
+    factor = torch.linalg.cholesky(curvature)
+    if isinstance(objective, RowObjective):
+        return torch.cholesky_solve(objective.images.mT, factor).mT @ objective.rows
+    return torch.cholesky_solve(objective.target.mT, factor).mT
+
+
+def descend_adam(objective: Objective, like: Tensor, learning_rate: float, steps: int) -> Tensor:
+    """Adam from zero with β = (0.9, 0.999) and ε = 1e-8, without autograd: the gradient is written into one buffer."""
+    point = torch.zeros_like(like)
+    point.grad = torch.empty_like(like)
+    optimizer = torch.optim.Adam([point], lr=learning_rate, fused=True)
+    for _ in range(steps):
+        objective.half_gradient(point, out=point.grad).mul_(2)
+        optimizer.step()
+    point.grad = None
+    return point
+
+
+def descend_sgd(objective: Objective, like: Tensor, learning_rate: float | None, steps: int) -> Tensor:
+    """Gradient descent from zero. The default rate 1/(2‖C‖) is half of the largest that is stable for every spectrum."""
+    if learning_rate is None:
+        learning_rate = 0.5 / torch.linalg.matrix_norm(objective.curvature()).item()
+    point = torch.zeros_like(like)
+    gradient = torch.empty_like(like)
+    for _ in range(steps):
+        point.sub_(objective.half_gradient(point, out=gradient), alpha=2 * learning_rate)
+    return point

@@ -1,0 +1,189 @@
+"""A model without weights, and what its modules say about each parameter: kind, depth, backbone or head, ties.
+
+The shell is the real transformers class on the meta device. Kinds come from module types, never from names or shapes: an
+embedding table is two-dimensional too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UnsupportedModelError
+from ..methods.base import ParameterKind
+from .blocks import find_block_lists
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """What the shell says about one entry of the state dict.
+
+    Args:
+        name (`str`): The module name.
+        kind ([`ParameterKind`]): From the type of the owning module.
+        depth (`float`): 0 at the input, 1 at the output of the block stack it belongs to.
+        shape (`tuple[int]`): Its shape under the model's config.
+        is_task_head (`bool`): Outside the backbone and not the output embedding: a classifier and its like.
+    """
+
+    name: str
+    kind: ParameterKind
+    depth: float
+    shape: tuple[int, ...]
+    is_task_head: bool
+
+
+def model_class_of(config: PretrainedConfig, where: str, trust_remote_code: bool = False) -> type[PreTrainedModel]:
+    """The class that a config names: `architectures[0]` in transformers, or its `auto_map` when remote code is trusted.
+
+    Raises:
+        UnsupportedModelError: There is no such class, or it is remote code and `trust_remote_code` is false.
+    """
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    auto_map = getattr(config, "auto_map", None) or {}
+    remote = next((reference for key, reference in auto_map.items() if key.startswith("AutoModel")), None)
+    if names and isinstance(names[0], str):
+        found = getattr(transformers, names[0], None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    if remote is not None:
+        return _remote_class(remote, names, auto_map, config, where, trust_remote_code)
+    raise UnsupportedModelError(
+        f"{where}: config.json names the architecture(s) {names or 'none'}, which transformers does not have "
+        f"(model_type '{config.model_type}'). Set 'architectures' to a class of transformers."
+    )
+
+
+def _remote_class(remote, names, auto_map, config, where, trust_remote_code) -> type[PreTrainedModel]:
+    if not trust_remote_code:
+        raise UnsupportedModelError(
+            f"{where} is defined by code in its own repository ({remote}). Read it, then pass trust_remote_code=True."
+        )
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    reference = next((ref for ref in auto_map.values() if names and ref.rpartition(".")[2] == names[0]), remote)
+    return get_class_from_dynamic_module(reference, config._name_or_path or where)
+
+
+def build_shell(model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the meta device, without weights, in evaluation mode.
+
+    Args:
+        model_class (`type`): Its class.
+        config ([`~transformers.PretrainedConfig`]): Its config, which is not changed.
+        dtype (`torch.dtype`): What `shell.dtype` says.
+    """
+    with torch.device("meta"):
+        return model_class._from_config(config, dtype=dtype).eval()
+
+
+class Anatomy:
+    """What the modules of a shell say about its parameters.
+
+    Args:
+        shell ([`~transformers.PreTrainedModel`]): A model, usually on the meta device.
+    """
+
+    def __init__(self, shell: PreTrainedModel):
+        self.shell = shell
+        prefix = shell.base_model_prefix
+        self.backbone_prefix = f"{prefix}." if prefix and isinstance(getattr(shell, prefix, None), nn.Module) else ""
+        output = _output_embeddings(shell)
+        self._output_modules = {id(module) for module in ([output] if output is not None else [])}
+
+    @cached_property
+    def parameters(self) -> dict[str, ParameterInfo]:
+        """Every entry of the state dict, tied duplicates included, in the model's own order."""
+        owners = {
+            (f"{path}.{name}" if path else name): (module, name)
+            for path, module in self.shell.named_modules()
+            for name in [*module._parameters, *module._buffers]
+        }
+        depths = self._depths(list(owners))
+        infos = {}
+        for name, tensor in self.shell.state_dict(keep_vars=True).items():
+            module, leaf = owners.get(name, (None, name))
+            is_output = id(module) in self._output_modules
+            outside = bool(self.backbone_prefix) and not name.startswith(self.backbone_prefix)
+            kind = ParameterKind.HEAD if outside or is_output else _kind(module, leaf, tensor)
+            if not isinstance(tensor, nn.Parameter):
+                kind = ParameterKind.BUFFER
+            infos[name] = ParameterInfo(
+                name, kind, depths.get(name, 0.0), tuple(tensor.shape), outside and not is_output
+            )
+        return infos
+
+    def canonical(self, name: str) -> str:
+        """The name under which parameters of different classes over one backbone meet: `bert.x` and `x` are the same."""
+        if self.backbone_prefix:
+            return name[len(self.backbone_prefix) :] if name.startswith(self.backbone_prefix) else f"<head>.{name}"
+        return name
+
+    @cached_property
+    def by_canonical(self) -> dict[str, str]:
+        """Canonical name -> module name, for every entry of the state dict."""
+        return {self.canonical(name): name for name in self.parameters}
+
+    @cached_property
+    def ties(self) -> dict[str, str]:
+        """Tied parameters by the config: target name -> source name."""
+        return dict(getattr(self.shell, "all_tied_weights_keys", None) or {})
+
+    def _depths(self, names: list[str]) -> dict[str, float]:
+        lists = find_block_lists(self.shell)
+        seen: set[str] = set()
+        depths = {}
+        for name in names:
+            owner = next((path for path in lists if name.startswith(f"{path}.")), None)
+            if owner is not None:
+                seen.add(owner)
+                index, count = int(name[len(owner) + 1 :].split(".", 1)[0]), len(lists[owner])
+                depths[name] = index / (count - 1) if count > 1 else 0.0
+            else:
+                near = [path for path in lists if name.startswith(path.rpartition(".")[0] + ".")] or list(lists)
+                depths[name] = 1.0 if any(path in seen for path in near) else 0.0
+        return depths
+
+
+def _output_embeddings(shell: PreTrainedModel) -> nn.Module | None:
+    try:
+        return shell.get_output_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def _kind(module: nn.Module | None, leaf: str, tensor: Any) -> ParameterKind:
+    """The kind of a parameter from the module that owns it."""
+    if leaf == "bias" or leaf.endswith("_bias"):
+        return ParameterKind.BIAS
+    if isinstance(module, Conv1D):
+        return ParameterKind.TRANSPOSED_LINEAR
+    if isinstance(module, nn.Linear):
+        return ParameterKind.LINEAR
+    if isinstance(module, nn.Embedding):
+        return ParameterKind.EMBEDDING
+    if isinstance(module, _CONVOLUTIONS):
+        return ParameterKind.CONVOLUTION
+    if isinstance(module, _NORMS) or (module is not None and type(module).__name__.endswith("Norm")):
+        return ParameterKind.NORM
+    if isinstance(module, nn.MultiheadAttention) and leaf == "in_proj_weight":
+        return ParameterKind.LINEAR
+    if module is not None and type(module).__name__.endswith("Router") and tensor.ndim == 2 and leaf == "weight":
+        return ParameterKind.LINEAR
+    if tensor.ndim == 3 and hasattr(module, "is_transposed") and hasattr(module, "num_experts"):
+        return ParameterKind.TRANSPOSED_EXPERT_LINEAR if module.is_transposed else ParameterKind.EXPERT_LINEAR
+    if tensor.ndim == 3 and module is not None and type(module).__name__.endswith("Experts"):
+        return ParameterKind.EXPERT_LINEAR
+    return ParameterKind.OTHER

@@ -1,0 +1,191 @@
+"""`kill -9` at any moment: the target folder is complete or absent, and running the same command again gives the same bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from .testing_utils import Bed, load_clean, make_bed, run_cli, run_process
+from .zoo import ZOO
+
+
+SHARD = ["--max-shard-size", "2MB"]
+METHOD = "ties"
+KILLS, QUICK_KILLS = 20, 4
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+
+
+@pytest.fixture(scope="module")
+def bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
+    """Llamas of about 50 MB, so that a merge takes a second or two and writes two dozen shards."""
+    config = LlamaConfig(
+        vocab_size=4000,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    return make_bed(ZOO["llama"], tmp_path_factory.mktemp("big"), model=LlamaForCausalLM(config), max_shard_size="5MB")
+
+
+def command_for(bed: Bed, out: Path) -> list[str]:
+    arguments = bed.command(*SHARD, method=METHOD)
+    arguments[arguments.index("--out") + 1] = str(out)
+    return arguments
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the report, which holds times."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "merge_report.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def expected(bed: Bed) -> dict[str, bytes]:
+    """What an uninterrupted merge writes."""
+    out = bed.folder / "uninterrupted" / "out"
+    out.parent.mkdir()
+    assert run_cli(command_for(bed, out)) == 0
+    load_clean(LlamaForCausalLM, out)
+    return contents(out)
+
+
+@pytest.fixture(scope="module")
+def duration(bed: Bed, expected: dict[str, bytes]) -> float:
+    """Seconds from the first sign of the output to its completion, in a warm process."""
+    out = bed.folder / "timed" / "out"
+    out.parent.mkdir()
+    start = time.perf_counter()
+    assert run_cli(command_for(bed, out)) == 0
+    return time.perf_counter() - start
+
+
+def start(bed: Bed, out: Path) -> subprocess.Popen:
+    root = str(Path(__file__).parent.parent)
+    variables = {**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "hf_merge", *command_for(bed, out)]
+    return subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill_after(process: subprocess.Popen, out: Path, delay: float) -> None:
+    """Kills the process `delay` seconds after the merge began to write: its start-up is not worth shooting at."""
+    while process.poll() is None and not any(out.parent.iterdir()):
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.kill()
+    process.wait()
+
+
+def check_kill(bed: Bed, expected: dict[str, bytes], duration: float, seed: int) -> None:
+    out = bed.folder / f"killed{seed}" / "out"
+    out.parent.mkdir()
+    delay = random.Random(seed).uniform(0.0, duration)
+    kill_after(start(bed, out), out, delay)
+    if out.exists():
+        assert contents(out) == expected, "the folder was there but not complete"
+        return
+    assert run_cli(command_for(bed, out)) == 0
+    assert contents(out) == expected
+    assert [path.name for path in out.parent.iterdir()] == ["out"], "something was left beside the output"
+
+
+@pytest.mark.parametrize("seed", range(QUICK_KILLS))
+def test_killed_merge_is_absent_and_resumes_to_the_same_bits(bed: Bed, expected, duration: float, seed: int):
+    check_kill(bed, expected, duration, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(QUICK_KILLS, QUICK_KILLS + KILLS))
+def test_twenty_more_kills(bed: Bed, expected, duration: float, seed: int):
+    check_kill(bed, expected, duration, seed)
+
+
+def partial_after_kill(bed: Bed, duration: float, folder: Path) -> Path:
+    """The partial folder of a merge that was killed with some shards finished, and the place of its output."""
+    for fraction in (0.5, 0.35, 0.2, 0.1, 0.05):
+        out = folder / f"try{fraction}" / "out"
+        out.parent.mkdir(parents=True)
+        kill_after(start(bed, out), out, duration * fraction)
+        if not out.exists() and any(out.parent.rglob("*.safetensors")):
+            return out
+    pytest.skip("the merge was never caught half-way")
+
+
+def test_finished_shards_are_not_written_again(bed: Bed, expected, duration: float):
+    out = partial_after_kill(bed, duration, bed.folder / "reuse")
+    partial = next(out.parent.iterdir())
+    times = {path.stat().st_ino: path.stat().st_mtime_ns for path in partial.glob("*.safetensors")}
+    assert run_cli(command_for(bed, out)) == 0
+    kept = [path for path in out.glob("*.safetensors") if times.get(path.stat().st_ino) == path.stat().st_mtime_ns]
+    assert contents(out) == expected
+    assert len(kept) >= len(times) - 1, "at most the shard that was being written is repeated"
+
+
+def test_partial_folder_of_another_recipe_is_not_reused(bed: Bed, expected, duration: float):
+    out = partial_after_kill(bed, duration, bed.folder / "other")
+    arguments = command_for(bed, out)
+    assert run_cli([*arguments, "--set", "density=0.5"]) == 0
+    fresh = bed.folder / "other" / "fresh" / "out"
+    fresh.parent.mkdir()
+    assert run_cli([*command_for(bed, fresh), "--set", "density=0.5"]) == 0
+    assert contents(out) == contents(fresh)
+    assert contents(out) != expected
+
+
+def test_spoilt_partial_shard_is_written_again(bed: Bed, expected, duration: float):
+    """A power cut may leave a shard of the right size and wrong bytes; nothing of it may reach the result."""
+    out = partial_after_kill(bed, duration, bed.folder / "spoilt")
+    partial = next(out.parent.iterdir())
+    for path in partial.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1000])
+    assert run_cli(command_for(bed, out)) == 0
+    assert contents(out) == expected
+
+
+def test_changed_expert_is_not_mixed_into_a_resumed_merge(bed: Bed, duration: float, tmp_path: Path):
+    copy = bed.copy(tmp_path / "bed")
+    out = partial_after_kill(copy, duration, tmp_path / "changed")
+    shard = max(copy.experts["a"].glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-4:] = b"\0\0\x80\x3f"  # the last float32 becomes 1
+    shard.write_bytes(data)
+    assert run_cli(command_for(copy, out)) == 0
+    fresh = tmp_path / "fresh" / "out"
+    fresh.parent.mkdir()
+    assert run_cli(command_for(copy, fresh)) == 0
+    assert contents(out) == contents(fresh)
+
+
+def test_two_merges_into_one_folder_at_once(bed: Bed, expected):
+    """One of them wins or both refuse; the folder is never a mixture."""
+    out = bed.folder / "twice" / "out"
+    out.parent.mkdir()
+    processes = [start(bed, out) for _ in range(2)]
+    codes = [process.wait() for process in processes]
+    assert set(codes) <= {0, 2}
+    assert 0 in codes
+    assert contents(out) == expected
+
+
+def test_interrupt_is_reported_without_a_traceback(bed: Bed):
+    out = bed.folder / "interrupted" / "out"
+    out.parent.mkdir()
+    script = "import signal, sys; signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT));"
+    script += "from hf_merge.cli import main; import hf_merge.merger; signal.setitimer(signal.ITIMER_REAL, 0.3);"
+    script += "main()"
+    done = run_process([sys.executable, "-c", script, *command_for(bed, out)])
+    assert done.returncode in (0, 130), done.stderr[-1000:]
+    assert "Traceback" not in done.stderr
+    assert not out.exists() or done.returncode == 0
