@@ -27,7 +27,7 @@ style: $(VENV)/.installed-quality
 	$(BIN)/ruff format $(SOURCES)
 
 docs: $(VENV)/.installed-docs
-	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
 clean:
 	rm -rf $(VENV) site build dist demo-output *.egg-info

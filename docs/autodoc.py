@@ -101,4 +101,8 @@ def toctree(source: Path = SOURCE) -> list[dict[str, Any]]:
 
 def toctree_pages(entries: list[dict[str, Any]]) -> list[str]:
     """The pages of a table of contents, without suffix, in order."""
-    return [page for entry in entries for page in (toctree_pages(entry["sections"]) if "sections" in entry else [entry["local"]])]
+    return [
+        page
+        for entry in entries
+        for page in (toctree_pages(entry["sections"]) if "sections" in entry else [entry["local"]])
+    ]

@@ -11,7 +11,7 @@ import griffe
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import autodoc  # noqa: E402
+import autodoc
 
 
 class HuggingFaceReferences(griffe.Extension):

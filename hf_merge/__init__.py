@@ -55,6 +55,10 @@ _EXPORTS = {
     "methods.task_arithmetic": ["TaskArithmeticConfig"],
     "methods.ties": ["TiesConfig"],
     "methods.wise_ft": ["WiseFtConfig"],
+    "methods.ace": ["AceConfig"],
+    "methods.isotropic": ["IsoCConfig", "IsoCtsConfig"],
+    "methods.svc": ["SvcConfig"],
+    "methods.tsv_m": ["TsvMConfig"],
     "methods.wudi": ["WudiConfig"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

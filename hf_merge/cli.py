@@ -214,7 +214,7 @@ def _read_recipe(recipe: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"Cannot read the recipe '{path}': {error}") from error
+        raise ConfigError(f"Cannot read the recipe '{path}': {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"The recipe '{path}' must be a mapping with the key 'merge_type'.")
     return data

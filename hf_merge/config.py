@@ -164,7 +164,11 @@ class MergeConfig(HubMixin):
             chosen = next((rule[key] for rule in rules if key in rule), getattr(resolved, key))
             where = f"{type(resolved).__name__}.{key}"
             setattr(resolved, key, spec.resolve(where, chosen, depth, experts))
+        resolved.resolve_nested(name, depth, experts)
         return resolved
+
+    def resolve_nested(self, name: str, depth: float, experts: Sequence[str]) -> None:
+        """Resolves, in place, the configs of other methods that this one holds. Called on the config of one parameter."""
 
     # -- JSON and Hub ---------------------------------------------------------------------------------------------
 

@@ -177,6 +177,13 @@ def other_shape(folder: Path) -> str:
     return WEIGHT
 
 
+def integer_weight(folder: Path) -> str:
+    path = single_file(folder)
+    tensors = load_file(path)
+    save_file(tensors | {WEIGHT: tensors[WEIGHT].to(torch.int8)}, path, metadata={"format": "pt"})
+    return WEIGHT
+
+
 def quantised(folder: Path) -> str:
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     return "quanti"
@@ -241,6 +248,26 @@ def config_with_an_impossible_value(folder: Path) -> str:
     return "hidden_size"
 
 
+def config_nested_too_deep(folder: Path) -> str:
+    (folder / "config.json").write_text("[" * 100_000)
+    return "config.json"
+
+
+def config_that_no_model_can_be_built_from(folder: Path) -> str:
+    edit_json(folder / "config.json", num_key_value_heads=0)
+    return "config.json"
+
+
+def architectures_that_are_no_list(folder: Path) -> str:
+    edit_json(folder / "config.json", architectures={"a": 1})
+    return "architectures"
+
+
+def malformed_tokenizer(folder: Path) -> str:
+    (folder / "tokenizer.json").write_text('{"model": null}')
+    return "tokenizer.json"
+
+
 def unknown_model_type(folder: Path) -> str:
     edit_json(folder / "config.json", model_type="llamma", architectures=["LlammaForCausalLM"])
     return "llamma"
@@ -298,6 +325,21 @@ def bin_that_is_a_list(folder: Path) -> str:
     return "pytorch_model.bin"
 
 
+def bin_with_numbers_for_names(folder: Path) -> str:
+    no_weights(folder)
+    torch.save({1: torch.zeros(3)}, folder / "pytorch_model.bin")
+    return "pytorch_model.bin"
+
+
+def bin_with_a_broken_pickle(folder: Path) -> str:
+    """Of the format before zip files: the stream ends in the middle."""
+    no_weights(folder)
+    path = folder / "pytorch_model.bin"
+    torch.save({WEIGHT: torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:150])
+    return "pytorch_model.bin"
+
+
 def a_file_for_a_folder(folder: Path) -> str:
     shutil.rmtree(folder)
     folder.write_text("spam")
@@ -326,6 +368,7 @@ SPOILERS = [
     missing_tensor,
     unexpected_tensor,
     other_shape,
+    integer_weight,
     quantised,
     other_architecture,
     missing_folder,
@@ -335,6 +378,10 @@ SPOILERS = [
     malformed_config,
     config_that_is_a_list,
     config_with_an_impossible_value,
+    config_nested_too_deep,
+    config_that_no_model_can_be_built_from,
+    architectures_that_are_no_list,
+    malformed_tokenizer,
     unknown_model_type,
     unknown_architecture,
     remote_code,
@@ -342,6 +389,8 @@ SPOILERS = [
     pickle_that_runs_code,
     bin_that_is_no_archive,
     bin_that_is_a_list,
+    bin_with_numbers_for_names,
+    bin_with_a_broken_pickle,
     a_file_for_a_folder,
 ]
 WITH_SEVERAL_PROBLEMS = [other_width, fewer_layers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +73,19 @@ def test_problems_of_several_experts_are_listed_together(bed: Bed):
     with pytest.raises(MergeError) as caught:
         bed.merge(linear(exclude=["attenshun"]))
     assert all(fragment in str(caught.value) for fragment in [*fragments, "attenshun"])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_flipped_byte_in_a_header_is_harmless_or_refused(seed: int, bed: Bed):
+    path = bed.experts["a"] / "model.safetensors"
+    data, draw = bytearray(path.read_bytes()), random.Random(seed)
+    position = draw.randrange(8 + int.from_bytes(data[:8], "little"))
+    data[position] = draw.choice([draw.randrange(256), *b'09"-\0'])
+    path.write_bytes(data)
+    try:
+        bed.merge(linear())
+    except MergeError:
+        assert_nothing_left(bed.out)
 
 
 def test_not_a_number_in_an_expert_names_the_parameter(bed: Bed):

@@ -87,6 +87,11 @@ class ModelSource:
         where = self.reference.model or "in memory"
         return f"'{self.name}' ({where})"
 
+    @property
+    def quantization(self) -> str | None:
+        """How the weights are quantised, or `None`."""
+        return quantization_of(self.config)
+
     @cached_property
     def shell(self) -> PreTrainedModel:
         """The model without weights."""
@@ -219,7 +224,6 @@ def _from_folder(name: str, reference: ModelReference, trust_remote_code: bool, 
             f"{where} is a PEFT adapter, not a model: load it with AutoPeftModel, call merge_and_unload() and pass the result."
         )
     config = load_config(folder, where, trust_remote_code)
-    refuse_quantised(config, where)
     return ModelSource(
         name=name,
         reference=ModelReference(reference.model, commit or reference.revision, reference.subfolder),
@@ -232,7 +236,6 @@ def _from_folder(name: str, reference: ModelReference, trust_remote_code: bool, 
 
 
 def _from_model(name: str, model: PreTrainedModel) -> ModelSource:
-    refuse_quantised(model.config, f"'{name}'", getattr(model, "hf_quantizer", None) is not None)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(f"'{name}' has PEFT adapters attached: merge them into the weights first.")
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
@@ -273,22 +276,21 @@ def load_config(folder: Path, where: str, trust_remote_code: bool = False) -> Pr
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
+        if "custom code" in str(error) and not trust_remote_code:
+            raise UnsupportedModelError(
+                f"{where} is defined by code in its own repository. Read it, then pass trust_remote_code=True."
+            ) from error
         raise CheckpointError(f"{where}: config.json cannot be used: {' '.join(lines[:2])}") from error
 
 
-def refuse_quantised(config: PretrainedConfig, where: str, loaded_quantised: bool = False) -> None:
-    """Raises [`UnsupportedModelError`] for quantised weights, whose rounding would swallow the task vectors."""
+def quantization_of(config: PretrainedConfig) -> str | None:
+    """The name of the quantisation that a config says its weights have, or `None`."""
     quantization = getattr(config, "quantization_config", None)
-    if quantization is None and not loaded_quantised:
-        return
-    method = (
-        quantization.get("quant_method")
-        if isinstance(quantization, Mapping)
-        else getattr(quantization, "quant_method", None)
-    )
-    raise UnsupportedModelError(
-        f"{where} is quantised ({method or 'unknown method'}): merge the original weights and quantise the result."
-    )
+    if quantization is None:
+        return None
+    if isinstance(quantization, Mapping):
+        return str(quantization.get("quant_method", "unknown method"))
+    return str(getattr(quantization, "quant_method", "unknown method"))
 
 
 def _load_generation_config(folder: Path) -> GenerationConfig | None:

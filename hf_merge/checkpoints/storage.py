@@ -7,6 +7,8 @@ tensors (`weights_only=True`), and no name from an index leaves the model's fold
 from __future__ import annotations
 
 import json
+import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,13 +203,23 @@ class TorchStorage(Storage):
         return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in self.files.values()]
 
 
-def _load_torch(path: Path) -> dict[str, Tensor]:
-    import pickle
-    import zipfile
+# What torch's restricted unpickler raises on damaged or foreign bytes: it interprets them as a program for a stack machine.
+_LOAD_ERRORS = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)
 
+
+def _load_torch(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except _LOAD_ERRORS as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"'{path}' cannot be loaded without executing code, or is damaged ({first}). Convert it to safetensors in an "

@@ -59,6 +59,12 @@ def find_incompatibilities(experts: Sequence[ModelSource], base: ModelSource | N
     """
     found = Incompatibilities()
     first = experts[0]
+    for source in [*experts, *([base] if base is not None else [])]:
+        if source.quantization is not None:
+            found.problems.append(
+                f"{source} is quantised ({source.quantization}), and its rounding would swallow the task vectors: merge the "
+                "original weights and quantise the result."
+            )
     for other in [*experts[1:], *([base] if base is not None else [])]:
         if other.config.model_type != first.config.model_type:
             found.different_architectures = True

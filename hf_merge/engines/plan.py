@@ -183,8 +183,10 @@ def build_plan(config: MergeConfig, experts: Sequence[ModelSource], base: ModelS
     _check_unexpected(plan)
     heads = plan_heads(config.heads, plan.experts, _output_dtype(plan))
     plan.heads, plan.problems, plan.notes = heads.per_task, plan.problems + heads.problems, plan.notes + heads.notes
+    missing: dict[str, list[str]] = {}
     for name in plan.target.anatomy.parameters:
-        _plan_parameter(plan, name, heads.copied)
+        _plan_parameter(plan, name, heads.copied, missing)
+    _report_missing(plan, missing)
     _check_patterns(plan)
     _list_dropped(plan, heads.dropped_reason)
     if not plan.parameters and not plan.problems:
@@ -208,7 +210,7 @@ def _check_method(plan: MergePlan) -> None:
 def _check_unexpected(plan: MergePlan) -> None:
     for source in plan.sources:
         unexpected = source.names.unexpected
-        if unexpected:
+        if unexpected and source.quantization is None:
             plan.problems.append(
                 f"{source} stores {len(unexpected)} tensor(s) that {source.model_class.__name__} does not have: "
                 f"{_listing(unexpected)}. Correct 'architectures' in its config.json, or remove them."
@@ -223,8 +225,8 @@ def _check_unexpected(plan: MergePlan) -> None:
         ]
 
 
-def _plan_parameter(plan: MergePlan, name: str, copied_heads: bool) -> None:
-    """Adds the parameter `name` of the target to the plan, or the problem that prevents it."""
+def _plan_parameter(plan: MergePlan, name: str, copied_heads: bool, missing: dict[str, list[str]]) -> None:
+    """Adds the parameter `name` of the target to the plan, or what prevents it to the problems or to `missing`."""
     anatomy = plan.target.anatomy
     info, canonical = anatomy.parameters[name], anatomy.canonical(name)
     if info.is_task_head and copied_heads:
@@ -235,15 +237,25 @@ def _plan_parameter(plan: MergePlan, name: str, copied_heads: bool) -> None:
         _plan_absent(plan, name, canonical)
         return
     found = [known or _stand_in(source, canonical) for known, source in zip(stored, plan.experts, strict=True)]
-    lacking = [str(source) for known, source in zip(found, plan.experts, strict=True) if known is None]
+    lacking = [source.name for known, source in zip(found, plan.experts, strict=True) if known is None]
     if lacking:
-        plan.problems.append(f"The parameter '{name}' is missing in {', '.join(lacking)}.")
+        for expert in lacking:
+            missing.setdefault(expert, []).append(name)
         return
     base = None
     if plan.base is not None:
         base = plan.base.by_canonical.get(canonical) or _stand_in(plan.base, canonical)
     if _shapes_agree(plan, name, found, base):
         plan.parameters.append(_decide(plan, name, found, base))
+
+
+def _report_missing(plan: MergePlan, missing: dict[str, list[str]]) -> None:
+    for source in plan.experts:
+        names = missing.get(source.name)
+        if names and source.quantization is None:
+            plan.problems.append(
+                f"{source} lacks {len(names)} parameter(s) that other models have: {_listing(names)}."
+            )
 
 
 def _plan_copied_head(plan: MergePlan, name: str) -> None:
@@ -307,10 +319,10 @@ def _decide(plan: MergePlan, name: str, found: list[str], base: str | None) -> P
     )
     origin = "base" if base is not None else plan.target.name
     dtypes = {source.parameters[known].dtype for source, known in zip(plan.experts, found, strict=True)}
-    if dtypes & set(_UNMERGEABLE):
-        plan.problems.append(
-            f"'{name}' is stored as {', '.join(sorted(map(str, dtypes)))}, a quantised format: merge the original weights."
-        )
+    integers = info.kind is not ParameterKind.BUFFER and any(not dtype.is_floating_point for dtype in dtypes)
+    if integers or dtypes & set(_UNMERGEABLE):
+        listing = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        plan.problems.append(f"'{name}' is stored as {listing}, a quantised format: merge the original weights.")
     if not stored.dtype.is_floating_point:
         planned.action, planned.copy_from, planned.reason = (
             "copy",
@@ -323,8 +335,6 @@ def _decide(plan: MergePlan, name: str, found: list[str], base: str | None) -> P
             origin,
             f"not selected by include/exclude, copied from '{origin}'",
         )
-    elif info.kind is ParameterKind.BUFFER:
-        planned.action, planned.reason = "mean", "a buffer (statistics), averaged"
     else:
         _resolve(plan, planned)
     return planned
@@ -338,7 +348,9 @@ def _resolve(plan: MergePlan, planned: PlannedParameter) -> None:
             plan.problems.append(str(error))
         return
     method = get_merge_method(planned.settings.merge_type).method_cls
-    if issubclass(method, TensorMethod) and method.requires_base and planned.base is None and plan.base is not None:
+    if planned.kind is ParameterKind.BUFFER and not method.merges_buffers:
+        planned.action, planned.reason = "mean", "a buffer (statistics, not a weight), the experts are averaged"
+    elif issubclass(method, TensorMethod) and method.requires_base and planned.base is None and plan.base is not None:
         planned.action, planned.reason = "mean", "the base model has no such parameter, the experts are averaged"
 
 

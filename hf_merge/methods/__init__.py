@@ -1,10 +1,12 @@
 """The merge methods: WHAT is computed. One folder per method or close family; importing one registers it."""
 
+from .ace import Ace, AceConfig
 from .arcee_fusion import ArceeFusion, ArceeFusionConfig
 from .breadcrumbs import Breadcrumbs, BreadcrumbsConfig
 from .consensus_ta import ConsensusTa, ConsensusTaConfig
 from .dare import Dare, DareConfig
 from .della import Della, DellaConfig
+from .isotropic import IsoC, IsoCConfig, IsoCts, IsoCtsConfig
 from .karcher import Karcher, KarcherConfig
 from .linear import LinearConfig, LinearMerge
 from .localize_and_stitch import LocalizeAndStitch, LocalizeAndStitchConfig
@@ -18,13 +20,17 @@ from .pcb import Pcb, PcbConfig
 from .ram import Ram, RamConfig
 from .sce import Sce, SceConfig
 from .slerp import Slerp, SlerpConfig
+from .svc import Svc, SvcConfig
 from .task_arithmetic import TaskArithmetic, TaskArithmeticConfig
 from .ties import Ties, TiesConfig
+from .tsv_m import TsvM, TsvMConfig
 from .wise_ft import WiseFt, WiseFtConfig
 from .wudi import Wudi, WudiConfig, merge_low_rank
 
 
 __all__ = [
+    "Ace",
+    "AceConfig",
     "ArceeFusion",
     "ArceeFusionConfig",
     "Breadcrumbs",
@@ -35,6 +41,10 @@ __all__ = [
     "DareConfig",
     "Della",
     "DellaConfig",
+    "IsoC",
+    "IsoCConfig",
+    "IsoCts",
+    "IsoCtsConfig",
     "Karcher",
     "KarcherConfig",
     "LinearConfig",
@@ -61,10 +71,14 @@ __all__ = [
     "SceConfig",
     "Slerp",
     "SlerpConfig",
+    "Svc",
+    "SvcConfig",
     "TaskArithmetic",
     "TaskArithmeticConfig",
     "Ties",
     "TiesConfig",
+    "TsvM",
+    "TsvMConfig",
     "WiseFt",
     "WiseFtConfig",
     "Wudi",

@@ -144,11 +144,13 @@ class MergeMethod:
     **Attributes**:
         - **requires_base** (`bool`) -- The method works on task vectors.
         - **requires_data** (`bool`) -- The method needs calibration samples.
+        - **merges_buffers** (`bool`) -- The method also suits statistics such as running means; otherwise they are averaged.
         - **min_experts**, **max_experts** (`int`, *optional*) -- How many experts the method is defined for.
     """
 
     requires_base: ClassVar[bool] = False
     requires_data: ClassVar[bool] = False
+    merges_buffers: ClassVar[bool] = False
     min_experts: ClassVar[int] = 1
     max_experts: ClassVar[int | None] = None
 

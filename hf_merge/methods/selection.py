@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +56,16 @@ class Cut:
             mask |= _first_true((magnitudes == self.threshold).contiguous(), self.ties)
         return mask
 
+    def trim(self, values: Tensor) -> Tensor:
+        """The values that are kept, 0 elsewhere. `values` may be changed in place."""
+        if self.ties is None and self.threshold == 0.0:
+            return values
+        if self.ties is None and values.dtype == torch.float32:
+            # One pass instead of four: |x| >= threshold is |x| > the float below it.
+            below = np.nextafter(np.float32(self.threshold), np.float32(0.0))
+            return torch.nn.functional.hardshrink(values, float(below))
+        return values.mul_(self.mask(values))
+
 
 def cut_largest(values: Tensor, k: int) -> Cut:
     """The cut that keeps exactly the `k` largest magnitudes of a float32 or float64 tensor without NaN.
@@ -65,17 +76,18 @@ def cut_largest(values: Tensor, k: int) -> Cut:
         return Cut.nothing()
     if k >= values.numel():
         return Cut(0.0)
-    return Cut(*kth_largest_magnitude(values, k))
-
-
-def kth_largest_magnitude(values: Tensor, k: int) -> tuple[float, int]:
-    """The k-th largest magnitude (k from 1), and how many entries of that magnitude are among the k largest."""
     if values.dtype == torch.float64:
         threshold = values.abs().reshape(-1).kthvalue(values.numel() - k + 1).values.item()
-        return threshold, k - int(torch.count_nonzero(values.abs() > threshold))
+        return Cut(threshold, k - int(torch.count_nonzero(values.abs() > threshold)))
     high, rank = locate(high_histogram(values), k)
-    low, ties = locate(low_histogram(values, high), rank)
-    return magnitude_of(high, low), ties
+    histogram = low_histogram(values, high)
+    low, ties = locate(histogram, rank)
+    return Cut(magnitude_of(high, low), None if ties == int(histogram[low]) else ties)
+
+
+def kth_largest_magnitude(values: Tensor, k: int) -> float:
+    """The k-th largest magnitude, k from 1 to the number of entries."""
+    return cut_largest(values, k).threshold if k < values.numel() else values.abs().min().item()
 
 
 def largest_mask(values: Tensor, k: int) -> Tensor:

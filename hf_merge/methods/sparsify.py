@@ -105,12 +105,13 @@ def disjoint_merge(sparse: SparseVector, weights: Sequence[float], positive: Ten
         positive (`torch.Tensor`): Where the elected sign is positive (bool).
         mean (`bool`): Whether to divide.
     """
+    sign = torch.where(positive, 1.0, -1.0)
     merged: Tensor | float = 0.0
     mass: Tensor | float = 0.0
     for index, weight in enumerate(weights):
-        vector = sparse(index).mul_(weight)
-        agrees = torch.where(positive, vector > 0, vector < 0)
-        merged = vector.mul_(agrees).add_(merged)
+        agreeing = sparse(index).mul_(sign).mul_(weight).clamp_(min=0.0)  # 0 where the signs differ
         if mean:
-            mass = agrees.to(vector.dtype).mul_(abs(weight)).add_(mass)
+            mass = (agreeing > 0).to(agreeing.dtype).mul_(abs(weight)).add_(mass)
+        merged = agreeing.add_(merged)
+    merged.mul_(sign)
     return merged.div_(mass.masked_fill_(mass == 0, 1.0)) if mean else merged

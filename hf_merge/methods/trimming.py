@@ -58,6 +58,11 @@ class TrimmingMethod(TensorMethod):
         """The mask (bool) of the entries of a task vector that a cut keeps."""
         return cut.mask(vector.float() if group.settings.scope == "model" else vector)
 
+    def trim(self, group: TensorGroup, index: int, cut: Cut) -> Tensor:
+        """The task vector of expert `index` without the entries that a cut drops, a new tensor."""
+        vector = group.task_vector(index)
+        return cut.trim(vector) if vector.dtype == torch.float32 else vector.mul_(self.kept(group, vector, cut))
+
     def rounds(self, settings: Any) -> int:
         return 2 if settings.scope == "model" else 0
 

@@ -7,8 +7,9 @@ import inspect
 import runpy
 from pathlib import Path
 
-import hf_merge
 import pytest
+
+import hf_merge
 from hf_merge.settings import settings_of
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import transformers
+
 from hf_merge import registry
 
 from ..testing_utils import run_cli
@@ -18,7 +19,8 @@ from .hub import build_hub
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
-    path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted((ROOT / "docs/source").rglob("*.md"))]
+    path.relative_to(ROOT).as_posix(): path
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs/source").rglob("*.md"))]
 }
 _FENCE = re.compile(r"^```(?P<language>python|bash|yaml)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -60,11 +62,13 @@ def workplace(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 @pytest.mark.parametrize("page", [page for page, path in PAGES.items() if fences_of(path)])
 def test_fences_run(page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    namespace = {"__name__": "page"}
+    # A real module, since dataclasses look up the module that they are defined in.
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
     for fence in fences_of(PAGES[page]):
         if fence.language == "python":
             # As many empty lines as precede it on the page: a traceback then points at the page's line.
-            exec(compile("\n" * fence.line + fence.text, str(PAGES[page]), "exec"), namespace)
+            exec(compile("\n" * fence.line + fence.text, str(PAGES[page]), "exec"), vars(module))  # noqa: S102
         elif fence.language == "yaml":
             name = re.match(r"# (\S+\.yaml)\n", fence.text)
             assert name, f"{page}:{fence.line}: a recipe starts with a comment that names its file"

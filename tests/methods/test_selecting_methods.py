@@ -95,7 +95,6 @@ def test_pcb_clips_the_largest_entries_of_large_parameters_only():
     clipped = clip_outliers(vector)
     assert int((clipped != vector).sum()) == 4
     assert clipped.abs().max() == vector.abs().sort(descending=True).values[4]
-    assert clip_outliers(vector[:9999]) is not None
     assert torch.equal(clip_outliers(vector[:9999]), vector[:9999])
 
 

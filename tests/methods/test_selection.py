@@ -61,6 +61,15 @@ def test_cuts_are_nested():
     assert all((small <= large).all() for small, large in itertools.pairwise(masks))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", CASES)
+def test_trim_is_the_values_times_the_mask(case: str, dtype: torch.dtype):
+    values = CASES[case].to(dtype)
+    for k in (0, 1, values.numel() // 3, values.numel()):
+        for cut in (cut_largest(values, k), Cut(cut_largest(values, k).threshold)):
+            assert torch.equal(cut.trim(values.clone()), values * cut.mask(values)), k
+
+
 def test_layout_does_not_matter():
     values = CASES["matrix"].bfloat16().float()
     assert torch.equal(largest_mask(values.T.contiguous().T, 100), largest_mask(values, 100))

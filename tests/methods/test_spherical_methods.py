@@ -199,7 +199,7 @@ def test_multislerp_is_the_mean_direction():
 @pytest.mark.parametrize("count", [2, 3, 6])
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_karcher_is_where_the_pulls_of_the_experts_cancel(count: int, scale: float):
-    base, experts = random_models((20, 30), count, scale)
+    _, experts = random_models((20, 30), count, scale)
     weights = [1.0 + index for index in range(count)]
     experts = [expert.double() for expert in experts]
     mean = merge(KarcherConfig(weights=weights, tol=1e-9), None, experts)

@@ -19,14 +19,14 @@ from .helpers_linear import group_of, merge, relative, task_matrices
 
 
 SHAPES = {
-    "square": dict(out=24, inp=24),
-    "tall": dict(out=40, inp=16),
-    "wide": dict(out=8, inp=48),
-    "very wide": dict(out=3, inp=96),
-    "rank-deficient": dict(out=24, inp=30, rank=3),
+    "square": {"out": 24, "inp": 24},
+    "tall": {"out": 40, "inp": 16},
+    "wide": {"out": 8, "inp": 48},
+    "very wide": {"out": 3, "inp": 96},
+    "rank-deficient": {"out": 24, "inp": 30, "rank": 3},
 }
 SOLVERS = ("adaptive", "spectral", "closed_form", "adam", "sgd", "optmerge")
-CLOSED = ("adaptive", "spectral", "closed_form")
+STEPS = 120
 
 
 # -- the definitions, literally -----------------------------------------------------------------------------------
@@ -87,26 +87,26 @@ def oracle(vectors, solver):
     norms = [vector.norm() for vector in vectors]
     gram, target, total = literal_normal_equations(vectors)
     if solver == "adaptive":
-        return literal_spectral(vectors, lambda l: (torch.arange(len(l)) < literal_adaptive_rank(l)).double())
+        return literal_spectral(vectors, lambda values: (torch.arange(inp) < literal_adaptive_rank(values)).double())
     if solver == "spectral":
         top = torch.arange(inp) < int(0.65 * inp)
-        return literal_spectral(vectors, lambda l: (1 - torch.exp(-1300 * l)) * top)
+        return literal_spectral(vectors, lambda values: (1 - torch.exp(-1300 * values)) * top)
     if solver == "closed_form":
         return target @ torch.linalg.inv(gram + 1e-6 * gram.trace() / inp * torch.eye(inp, dtype=gram.dtype))
     if solver == "adam":
-        return literal_descent(torch.optim.Adam, vectors, vectors, norms, total, 1e-5, 300)
+        return literal_descent(torch.optim.Adam, vectors, vectors, norms, total, 1e-5, STEPS)
     if solver == "sgd":
         rate = 0.5 / gram.norm().item()
-        return literal_descent(torch.optim.SGD, vectors, vectors, norms, total / n, rate, 300)
-    return literal_descent(torch.optim.Adam, *literal_optmerge_terms(vectors), norms, total, 1e-5, 300)
+        return literal_descent(torch.optim.SGD, vectors, vectors, norms, total / n, rate, STEPS)
+    return literal_descent(torch.optim.Adam, *literal_optmerge_terms(vectors), norms, total, 1e-5, STEPS)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("n", [1, 2, 8])
+@pytest.mark.parametrize("n", [2, 8])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_the_definition(shape, n, solver):
     vectors = task_matrices(n, n, **SHAPES[shape])
-    merged, _ = merge(vectors, "wudi", solver=solver)
+    merged, _ = merge(vectors, "wudi", solver=solver, num_steps=STEPS)
     assert relative(merged, oracle(vectors, solver)) < 1e-5
 
 
@@ -149,7 +149,9 @@ def test_orthogonal_experts_are_all_kept():
         assert report["wudi_loss_after"] < 1e-10
 
 
-@pytest.mark.parametrize("settings", [{}, {"solver": "spectral"}, {"solver": "closed_form"}, {"solver": "sgd"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"solver": "spectral"}, {"solver": "closed_form"}, {"solver": "sgd"}], ids=str
+)
 def test_scale_equivariance(settings):
     vectors = task_matrices(4, 3, 12, 20)
     small, _ = merge(vectors, "wudi", **settings)
@@ -207,7 +209,7 @@ def test_conv1d_is_contracted_on_the_input_side(solver):
     vectors = task_matrices(8, 3, 10, 14)
     plain, _ = merge(vectors, "wudi", solver=solver)
     transposed, _ = merge(vectors, "wudi", ParameterKind.TRANSPOSED_LINEAR, solver=solver)
-    assert torch.equal(plain, transposed)
+    assert relative(transposed, plain) < 1e-6
 
 
 def test_experts_of_a_mixture_are_separate_layers():
@@ -268,7 +270,7 @@ def test_warns_once_of_mismatched_norms_and_names_both_experts():
     assert len(caught) == 1
 
 
-@pytest.mark.parametrize("settings", [{"warn_norm_ratio": None}, {"warn_norm_ratio": 100.0}, {"equalize_norms": True}])
+@pytest.mark.parametrize("settings", [{"check_norms": False}, {"equalize_norms": True}])
 def test_no_warning_where_it_is_switched_off_or_cured(settings):
     vectors = task_matrices(13, 2, 12, 20) * torch.tensor([1.0, 0.1], dtype=torch.float64)[:, None, None]
     with warnings.catch_warnings():
@@ -278,8 +280,8 @@ def test_no_warning_where_it_is_switched_off_or_cured(settings):
 
 def test_the_pass_over_the_checkpoints_is_saved_when_nobody_asks_for_norms():
     assert Wudi().rounds(WudiConfig()) == 1
-    assert Wudi().rounds(WudiConfig(warn_norm_ratio=None)) == 0
-    assert Wudi().rounds(WudiConfig(warn_norm_ratio=None, equalize_norms=True)) == 1
+    assert Wudi().rounds(WudiConfig(check_norms=False)) == 0
+    assert Wudi().rounds(WudiConfig(check_norms=False, equalize_norms=True)) == 1
 
 
 # -- low rank -----------------------------------------------------------------------------------------------------
@@ -298,7 +300,7 @@ def random_factors(seed, out, inp, ranks):
 @pytest.mark.parametrize(("out", "inp"), [(30, 40), (40, 30)])
 def test_low_rank_equals_the_dense_merge(solver, ranks, out, inp):
     factors = [(b.double(), a.double()) for b, a in random_factors(0, out, inp, ranks)]
-    left, right = merge_low_rank(factors, WudiConfig(solver=solver))
+    left, right = merge_low_rank(factors, WudiConfig(solver=solver, num_steps=STEPS))
     assert left.shape[1] == right.shape[0] == min(sum(ranks), inp)
     dense = oracle(torch.stack([b @ a for b, a in factors]), solver)
     assert relative(left @ right, dense) < 1e-6

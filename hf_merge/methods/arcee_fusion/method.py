@@ -49,4 +49,4 @@ def importance(expert: Tensor, base: Tensor) -> Tensor:
 def _quantile(scores: Tensor, fraction: float) -> float:
     """The lower quantile of scores that are not negative, by selection."""
     index = int(fraction * (scores.numel() - 1))
-    return kth_largest_magnitude(scores, scores.numel() - index)[0]
+    return kth_largest_magnitude(scores, scores.numel() - index)

@@ -12,6 +12,8 @@ from ..base import TensorGroup, TensorMethod
 class LinearMerge(TensorMethod):
     """Σ w_i θ_i (÷ Σ w_i). Needs no base model."""
 
+    merges_buffers = True
+
     def merge(self, group: TensorGroup) -> Tensor:
         settings = group.settings
         total = torch.zeros(group.shape, dtype=group.dtype, device=group.stored_experts[0].device)

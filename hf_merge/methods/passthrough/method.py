@@ -10,6 +10,7 @@ from ..base import TensorGroup, TensorMethod
 class Passthrough(TensorMethod):
     """s θ_1 for one expert."""
 
+    merges_buffers = True
     max_experts = 1
 
     def merge(self, group: TensorGroup) -> Tensor:

@@ -61,7 +61,7 @@ def clip_outliers(vector: Tensor) -> Tensor:
     outliers = int(_OUTLIERS * vector.numel())
     if outliers == 0:
         return vector
-    limit, _ = kth_largest_magnitude(vector, outliers + 1)
+    limit = kth_largest_magnitude(vector, outliers + 1)
     return vector.clamp(-limit, limit)
 
 

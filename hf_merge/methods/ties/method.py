@@ -17,8 +17,7 @@ class Ties(TrimmingMethod):
         cuts = [self.cut(group, index) for index in range(len(group))]
 
         def trimmed(index: int) -> Tensor:
-            vector = group.task_vector(index)
-            return vector.mul_(self.kept(group, vector, cuts[index]))
+            return self.trim(group, index, cuts[index])
 
         positive = elect_positive(trimmed, settings.weights, settings.majority_sign)
         merged = disjoint_merge(trimmed, settings.weights, positive, mean=settings.merge == "mean")

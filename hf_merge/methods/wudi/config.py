@@ -33,8 +33,8 @@ class WudiConfig(LinearLayersConfig):
             vectors. The other solvers do not depend on it.
         equalize_norms (`bool`): Scale every expert's task vector to the geometric mean of the experts' norms, taken over the
             linear layers of the whole model.
-        warn_norm_ratio (`float`, *optional*): Warn when the largest norm of a task vector exceeds the smallest by this factor.
-            Norms take one more pass over the checkpoints; `None` saves it.
+        check_norms (`bool`): Warn when the norms of two experts' task vectors differ by more than a factor of five. Norms take
+            one more pass over the checkpoints; `False` saves it.
     """
 
     merge_type: ClassVar[str] = "wudi"
@@ -54,9 +54,6 @@ class WudiConfig(LinearLayersConfig):
     ridge: float = setting(1e-6, "Ridge of 'closed_form', relative to the mean eigenvalue.", above=0)
     normalize: bool = setting(False, "Make Adam's absolute step independent of the size of the task vectors.")
     equalize_norms: bool = setting(False, "Scale all experts' task vectors to one norm.", scope="merge")
-    warn_norm_ratio: float | None = setting(
-        5.0,
-        "Warn when the norms of the task vectors differ by this factor; null saves the pass.",
-        minimum=1,
-        scope="merge",
+    check_norms: bool = setting(
+        True, "Warn of task vectors whose norms differ fivefold; takes a pass over the checkpoints.", scope="merge"
     )

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ..linalg import solve_dtype
 from .config import WudiConfig
-from .method import solve, solve_dtype
+from .method import solve
 
 
 ROTATION_FREE = ("adaptive", "spectral", "closed_form", "sgd")

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..base import LINEAR_KINDS, LinearMethod, TaskMatrices, TensorGroup
+from ..linalg import solve_dtype
+from ..reporting import add_to_report
 from .config import WudiConfig
 from .objective import Term, cheaper_to_descend, cheaper_to_diagonalize
 from .solvers import (
@@ -28,11 +30,14 @@ from .solvers import (
 REFERENCE_RMS = 4e-4
 """Root mean square of a task vector that 300 Adam steps of 1e-5 suit: the scale that `normalize` solves at."""
 
+NORM_RATIO = 5.0
+"""Task vectors whose norms differ by more than this break every method of the family (DisTaC, arXiv 2508.01148)."""
+
 
 class Wudi(LinearMethod):
     """W_0 + argmin_M Σ_i ‖(M − T_i) T_iᵀ‖² / ‖T_i‖², regularised by the solver (arXiv 2503.08099, eq. 9).
 
-    With `equalize_norms` or `warn_norm_ratio` every parameter is observed once before the merge, for the norms of the whole
+    With `equalize_norms` or `check_norms` every parameter is observed once before the merge, for the norms of the whole
     task vectors.
     """
 
@@ -40,7 +45,7 @@ class Wudi(LinearMethod):
         self._scales: dict[str, float] = {}
 
     def rounds(self, settings: WudiConfig) -> int:
-        return int(settings.equalize_norms or settings.warn_norm_ratio is not None)
+        return int(settings.equalize_norms or settings.check_norms)
 
     def observe(self, group: TensorGroup, round: int) -> dict[str, float]:
         """‖τ_i‖² by expert, of one linear weight; empty for other parameters."""
@@ -56,8 +61,8 @@ class Wudi(LinearMethod):
         if settings.equalize_norms and norms:
             mean = math.exp(sum(map(math.log, norms.values())) / len(norms))
             self._scales = {name: mean / norm for name, norm in norms.items()}
-        elif settings.warn_norm_ratio is not None:
-            _warn_of_mismatch(norms, settings.warn_norm_ratio)
+        else:
+            _warn_of_mismatch(norms)
 
     def merge_matrix(self, task_matrices: TaskMatrices, group: TensorGroup) -> Tensor:
         scales = [self._scales.get(name, 1.0) for name in group.expert_names]
@@ -91,15 +96,6 @@ class _ScaledMatrices(Sequence):
         index = self._kept[position]
         matrix = self._matrices[index].to(self._dtype)
         return matrix if self._scales[index] == 1.0 else matrix.mul_(self._scales[index])
-
-
-def solve_dtype(like: Tensor) -> torch.dtype:
-    """The dtype of the closed forms and of the objective: float64, twice the time on a CPU, where the device has it.
-
-    Eigenvalues that float32 cannot tell from zero would decide the effective rank, and neighbouring eigenvectors mix at its
-    resolution. The steps of a descent are in float32.
-    """
-    return like.dtype if like.device.type == "mps" else torch.float64
 
 
 def solve(
@@ -199,13 +195,10 @@ def _rms(norms: Sequence[float], shape: torch.Size) -> float:
 
 
 def _report(solution: Solution, group: TensorGroup, matrices: TaskMatrices) -> None:
-    """Numbers for the merge report; means over the experts of a mixture, whose layers share one parameter."""
-    share = 1.0 if matrices.index is None else 1.0 / group.shape[0]
-    numbers = {"wudi_loss_before": solution.loss_before, "wudi_loss_after": solution.loss_after}
+    add_to_report(group, matrices, "wudi_loss_before", solution.loss_before)
+    add_to_report(group, matrices, "wudi_loss_after", solution.loss_after)
     if solution.rank is not None:
-        numbers["effective_rank"] = solution.rank
-    for key, value in numbers.items():
-        group.report[key] = group.report.get(key, 0.0) + share * value
+        add_to_report(group, matrices, "effective_rank", solution.rank)
 
 
 def _total_norms(observations: Iterator[tuple[str, dict[str, float]]]) -> dict[str, float]:
@@ -219,15 +212,15 @@ def _total_norms(observations: Iterator[tuple[str, dict[str, float]]]) -> dict[s
     return {name: norm for name, norm in totals.items() if norm > 0}
 
 
-def _warn_of_mismatch(norms: dict[str, float], limit: float) -> None:
+def _warn_of_mismatch(norms: dict[str, float]) -> None:
     if len(norms) < 2:
         return
     largest, smallest = max(norms, key=norms.get), min(norms, key=norms.get)
     ratio = norms[largest] / norms[smallest]
-    if ratio > limit:
+    if ratio > NORM_RATIO:
         warnings.warn(
             f"The task vector of '{largest}' has {ratio:.1f} times the norm of that of '{smallest}' "
             f"({norms[largest]:.3g} against {norms[smallest]:.3g}): the merged model will follow '{largest}' and lose "
-            f"'{smallest}'. Set equalize_norms=True to scale them to one norm, or warn_norm_ratio=None if this is meant.",
+            f"'{smallest}'. Set equalize_norms=True to scale them to one norm, or check_norms=False if this is meant.",
             stacklevel=2,
         )

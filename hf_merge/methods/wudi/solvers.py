@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .objective import GramObjective, Objective, RowObjective
+from .objective import Objective, RowObjective
 
 
 @dataclass

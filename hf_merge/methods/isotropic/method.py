@@ -1,0 +1,61 @@
+"""Isotropic merging: every direction of the merged task vector gets the same singular value (arXiv 2502.04959)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..base import LinearMethod, TaskMatrices, TensorGroup
+from ..linalg import Triplets, polar_factor, singular_triplets, solve_dtype
+from ..tsv_m.method import leading_triplets, nonzero_experts
+
+
+class IsoC(LinearMethod):
+    """λ σ̄ U Vᵀ with Σ T_i = U diag(σ) Vᵀ and σ̄ the mean of the non-zero σ."""
+
+    def merge_matrix(self, task_matrices: TaskMatrices, group: TensorGroup) -> Tensor:
+        common = singular_triplets(_sum(task_matrices))
+        if not len(common.values):
+            return torch.zeros_like(task_matrices.base)
+        merged = common.left @ common.right
+        return merged.mul_(common.values.mean() * group.settings.scaling).to(task_matrices.base.dtype)
+
+
+class IsoCts(LinearMethod):
+    """The top directions of Σ T_i, and of each task those of T_i outside of them; polar factors, one singular value."""
+
+    def merge_matrix(self, task_matrices: TaskMatrices, group: TensorGroup) -> Tensor:
+        indices = nonzero_experts(task_matrices)
+        if not indices:
+            return torch.zeros_like(task_matrices.base)
+        size = min(task_matrices.shape)
+        per_task = directions_per_task(size, len(indices), group.settings.common_space_fraction)
+        common = singular_triplets(_sum(task_matrices)).top(size - per_task * len(indices))
+        parts = [common]
+        for index in indices if per_task else ():
+            matrix = task_matrices[index].to(common.left.dtype)
+            specific = matrix - common.left @ (common.left.mT @ matrix)
+            parts.append(_beyond_rounding(matrix, leading_triplets(specific, per_task, index, task_matrices, group)))
+        left = polar_factor(torch.cat([part.left for part in parts], dim=1))
+        right = polar_factor(torch.cat([part.right for part in parts]))
+        mean = torch.cat([part.values for part in parts]).mean()
+        return (left @ right).mul_(mean * group.settings.scaling).to(task_matrices.base.dtype)
+
+
+def directions_per_task(size: int, tasks: int, common_fraction: float) -> int:
+    """How many of `size` directions each task keeps for itself: the rest of the common part, in equal shares, rounded."""
+    rest = size - int(size * common_fraction)
+    return min(round(rest / tasks), size // tasks)
+
+
+def _beyond_rounding(matrix: Tensor, specific: Triplets) -> Triplets:
+    """Leaves out directions of a projection that are only the rounding of what was projected away."""
+    floor = torch.linalg.vector_norm(matrix) * max(matrix.shape) * torch.finfo(matrix.dtype).eps
+    return specific.top(int((specific.values > floor).sum()))
+
+
+def _sum(task_matrices: TaskMatrices) -> Tensor:
+    total = torch.zeros_like(task_matrices.base, dtype=solve_dtype(task_matrices.base))
+    for matrix in task_matrices:
+        total += matrix
+    return total
