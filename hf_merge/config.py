@@ -41,6 +41,8 @@ class MergeConfig(HubMixin):
         rules (`list[dict]`, *optional*): Per-parameter settings: `{"match": regex, setting: value, ...}`. For each setting the
             first rule that matches and names it wins. `"merge_type"` in a rule chooses another method for the parameters
             that match. A rule that matches no parameter is an error.
+        then (`list[dict]`): Recipes that are applied to the result, one after another: each takes the result as its only expert
+            and keeps the base model. `[{"merge_type": "wise_ft", "alpha": 0.8}]` goes back towards the base.
         heads (`str`): What happens to task heads. `"auto"`: merged when every expert has the same head (shapes and label
             names), kept per task otherwise. `"per_task"`: always kept per task. `"merge"`: merged, an error if their
             shapes differ. `"first"`: the first expert's. `"error"`: heads that differ are an error.
@@ -65,6 +67,7 @@ class MergeConfig(HubMixin):
     rules: list[dict] = field(
         default_factory=list, metadata={"help": "Per-parameter settings: {match: regex, setting: value}."}
     )
+    then: list[dict] = field(default_factory=list, metadata={"help": "Recipes that are applied to the result."})
     heads: str = setting(
         "auto",
         "Task heads: 'auto', 'per_task', 'merge', 'first' or 'error'.",
@@ -104,6 +107,7 @@ class MergeConfig(HubMixin):
         self.rules = [dict(rule) if isinstance(rule, Mapping) else rule for rule in self.rules]
         for index, rule in enumerate(self.rules):
             self._check_rule(f"{type(self).__name__}.rules[{index}]", rule)
+        self.next_recipes()
         if self.hf_merge_version is None:
             self.hf_merge_version = __version__
 
@@ -124,6 +128,18 @@ class MergeConfig(HubMixin):
                     f"It has: {', '.join(specs) or 'none'}."
                 )
             specs[name].check(f"{where}[{name!r}]", value)
+
+    def next_recipes(self) -> list[MergeConfig]:
+        """The recipes of `then`, as configs."""
+        if not isinstance(self.then, (list, tuple)) or not all(isinstance(step, Mapping) for step in self.then):
+            raise ConfigError(
+                f"{type(self).__name__}.then must be a list of recipes (dictionaries), got {self.then!r}."
+            )
+        where = f"{type(self).__name__}.then"
+        return [
+            MergeConfig.from_dict({"seed": self.seed} | dict(step), origin=f"{where}[{index}]")
+            for index, step in enumerate(self.then)
+        ]
 
     # -- per-parameter resolution ---------------------------------------------------------------------------------
 

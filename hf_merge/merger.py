@@ -10,7 +10,6 @@ import copy
 import hashlib
 import json
 import os
-import re
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -25,19 +24,17 @@ from . import __version__
 from .checkpoints.conversion import SaveGroup, plan_saving
 from .checkpoints.folder import OutputFolder, check_output
 from .checkpoints.layout import CheckpointLayout, plan_layout
-from .checkpoints.source import ModelReference, ModelSource, open_source
+from .checkpoints.source import ModelSource
 from .config import MergeConfig
+from .engines.opening import Opening
 from .engines.placement import Placement
 from .engines.plan import MergePlan, build_plan
 from .engines.sealing import head_tensors, processor_source, result_config, result_dtype, seal
 from .engines.streaming import MergeReport, StreamingEngine, on_disk
-from .errors import ConfigError, MergeError, PlanError, suggest
+from .errors import ConfigError, PlanError, suggest
 from .hub import HubMixin, upload_folder
 from .modeling.assembly import assemble, transfer_backbone
 from .registry import get_merge_method
-
-
-BASE = "base"
 
 
 class Merger(HubMixin):
@@ -107,16 +104,8 @@ class Merger(HubMixin):
             experts = (config.experts if config is not None else None) or {}
         if base_model is None and config is not None:
             base_model = config.base_model
-        named = name_experts(experts)
         placement = Placement(device_map)
-        sources = _open_experts(named, trust_remote_code, hub_kwargs)
-        if base_model is None:
-            base_model = infer_base(sources)
-        base = None
-        if base_model is not None:
-            base = open_source(
-                BASE, base_model, template=sources[0], trust_remote_code=trust_remote_code, **hub_kwargs
-            )
+        sources, base = Opening(trust_remote_code, hub_kwargs).models(experts, base_model)
         config = copy.deepcopy(config) if config is not None else default_config(base is not None)
         if dtype is not None:
             config.dtype = str(dtype).removeprefix("torch.")
@@ -246,14 +235,13 @@ class Merger(HubMixin):
 
     def _fingerprint(self, layout: CheckpointLayout) -> str:
         """Identifies recipe, inputs and layout: equal fingerprints give equal bytes, so finished shards can be kept."""
-        in_memory = self.model is not None or any(source.folder is None for source in self.plan.sources)
         content = [
             __version__,
             self.config.to_dict(),
             self.plan.to_dict()["parameters"],
-            [source.storage.fingerprint() for source in self.plan.sources],
+            [source.fingerprint() for source in self.plan.sources],
             [[shard.filename, shard.nbytes] for shard in layout.shards],
-            str(uuid.uuid4()) if in_memory else "",
+            str(uuid.uuid4()) if self.model is not None else "",
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -287,66 +275,3 @@ class _StateDict:
 def default_config(base_known: bool) -> MergeConfig:
     """`WudiConfig()` when there is a base model to take task vectors from, the plain average otherwise."""
     return get_merge_method("wudi" if base_known else "linear").config_cls()
-
-
-def name_experts(experts: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
-    """Names the experts of a list after their last path component, and checks given names.
-
-    Raises:
-        ConfigError: There are none, or a name cannot be a folder's name.
-    """
-    if isinstance(experts, (str, Path)) or not isinstance(experts, (Mapping, Sequence)):
-        raise ConfigError(f"experts must be a list or a dictionary of models, got {type(experts).__name__}.")
-    if not experts:
-        raise ConfigError("No experts were given: pass a list or a dictionary {task: model} with at least one.")
-    if not isinstance(experts, Mapping):
-        named: dict[str, Any] = {}
-        for index, expert in enumerate(experts):
-            stem = Path(expert).name if isinstance(expert, (str, Path)) else f"expert_{index}"
-            stem = re.sub(r"[^A-Za-z0-9._-]", "_", stem) or f"expert_{index}"
-            named[stem if stem not in named and stem != BASE else f"{stem}_{index}"] = expert
-        experts = named
-    for name in experts:
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) or name == BASE:
-            raise ConfigError(
-                f"Invalid expert name {name!r}: use letters, digits, '.', '_' and '-' ('{BASE}' means the base model)."
-            )
-    return dict(experts)
-
-
-def _open_experts(named: Mapping[str, Any], trust_remote_code: bool, hub_kwargs: dict) -> list[ModelSource]:
-    """Opens all experts and reports everything that is wrong with any of them. State dicts take the config of the first model
-    that has one."""
-    opened: dict[str, ModelSource] = {}
-    errors: list[MergeError] = []
-    bare = [name for name, model in named.items() if isinstance(model, Mapping) and "model" not in model]
-    for name in [*(name for name in named if name not in bare), *bare]:
-        template = next(iter(opened.values()), None)
-        try:
-            opened[name] = open_source(
-                name, named[name], template=template, trust_remote_code=trust_remote_code, **hub_kwargs
-            )
-        except MergeError as error:
-            errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        raise PlanError(str(error) for error in errors)
-    return [opened[name] for name in named]
-
-
-def infer_base(experts: Sequence[ModelSource]) -> ModelReference | None:
-    """The base model that the model cards of all experts name, if they agree on one that is not an expert itself."""
-    from huggingface_hub import ModelCard
-
-    bases = set()
-    for source in experts:
-        card = source.folder / "README.md" if source.folder is not None else None
-        if card is None or not card.is_file():
-            return None
-        named = ModelCard.load(card, ignore_metadata_errors=True).data.base_model
-        bases.add(named if isinstance(named, str) else None)
-    base = bases.pop() if len(bases) == 1 else None
-    if base is None or base in [source.reference.model for source in experts]:
-        return None
-    return ModelReference(base)

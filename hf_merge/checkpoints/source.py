@@ -6,6 +6,7 @@ Opening a source reads configs and headers only. Weights are read one parameter 
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -86,6 +87,14 @@ class ModelSource:
     def __str__(self) -> str:
         where = self.reference.model or "in memory"
         return f"'{self.name}' ({where})"
+
+    def recipe_entry(self) -> dict[str, Any]:
+        """How a recipe names this model."""
+        return self.reference.to_dict()
+
+    def fingerprint(self) -> list[Any]:
+        """What identifies the weights, for resuming a merge; unique for weights in memory, which cannot be recognised."""
+        return [str(self.folder), *self.storage.fingerprint()] if self.folder is not None else [str(uuid.uuid4())]
 
     @property
     def quantization(self) -> str | None:

@@ -6,6 +6,7 @@ of them at once, before a weight is read.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class PlannedParameter:
         settings ([`MergeConfig`]): The method's settings for this parameter.
         copy_from (`str`, *optional*): For `"copy"`: the name of the model.
         reason (`str`): Why it is not merged, empty for `"merge"`.
+        then (`list[MergeConfig]`): The settings of the recipes that are applied to the result.
     """
 
     name: str
@@ -54,6 +56,7 @@ class PlannedParameter:
     settings: MergeConfig
     copy_from: str | None = None
     reason: str = ""
+    then: list[MergeConfig] = field(default_factory=list)
 
 
 @dataclass
@@ -110,6 +113,13 @@ class MergePlan:
         heads = sum(info.nbytes for head in self.heads.values() for info in head.outputs.values())
         return heads + sum(parameter.info.nbytes for parameter in self.parameters)
 
+    def resolved_recipe(self) -> MergeConfig:
+        """The recipe with the models that it is carried out on, their revisions resolved to commits."""
+        recipe = copy.deepcopy(self.config)
+        recipe.experts = {source.name: source.recipe_entry() for source in self.experts}
+        recipe.base_model = self.base.recipe_entry() if self.base is not None else None
+        return recipe
+
     def check(self) -> MergePlan:
         """Returns itself, or raises [`PlanError`] with every problem."""
         if self.problems:
@@ -143,8 +153,8 @@ class MergePlan:
         return {
             "merge_type": self.config.merge_type,
             "class": self.target.model_class.__name__,
-            "experts": {source.name: source.reference.to_dict() for source in self.experts},
-            "base_model": self.base.reference.to_dict() if self.base is not None else None,
+            "experts": {source.name: source.recipe_entry() for source in self.experts},
+            "base_model": self.base.recipe_entry() if self.base is not None else None,
             "nbytes": self.nbytes,
             "parameters": [
                 {
@@ -203,6 +213,14 @@ def _check_method(plan: MergePlan) -> None:
         )
     if count < method.min_experts:
         plan.problems.append(f"The method '{name}' needs at least {method.min_experts} experts, got {count}.")
+    for step in plan.config.next_recipes():
+        following = get_merge_method(step.merge_type).method_cls
+        if following.min_experts > 1 or not issubclass(following, TensorMethod):
+            plan.problems.append(
+                f"then: '{step.merge_type}' cannot be applied to the one model that a merge results in."
+            )
+        if following.requires_base and plan.base is None:
+            plan.problems.append(f"then: '{step.merge_type}' needs the base model: pass base_model=... (--base).")
     if method.max_experts is not None and count > method.max_experts:
         plan.problems.append(f"The method '{name}' merges at most {method.max_experts} expert(s), got {count}.")
 
@@ -343,6 +361,7 @@ def _decide(plan: MergePlan, name: str, found: list[str], base: str | None) -> P
 def _resolve(plan: MergePlan, planned: PlannedParameter) -> None:
     try:
         planned.settings = plan.config.resolve(planned.name, planned.depth, [source.name for source in plan.experts])
+        planned.then = [step.resolve(planned.name, planned.depth, ["merged"]) for step in plan.config.next_recipes()]
     except ConfigError as error:
         if str(error) not in plan.problems:
             plan.problems.append(str(error))

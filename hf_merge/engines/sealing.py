@@ -17,7 +17,7 @@ from ..checkpoints.folder import OutputFolder
 from ..checkpoints.processors import processor_files
 from ..checkpoints.source import ModelSource
 from ..checkpoints.storage import SAFE_WEIGHTS
-from ..config import CONFIG_NAME, MergeConfig
+from ..config import CONFIG_NAME
 from ..errors import ConfigError
 from .plan import MergePlan
 from .streaming import MergeReport
@@ -42,7 +42,7 @@ def seal(plan: MergePlan, output: OutputFolder, report: MergeReport) -> None:
         source = next(source for source in plan.experts if source.name == task)
         _save_head(source, head_tensors(source, head), folder / HEADS_FOLDER / task)
     _copy_processors(plan, folder)
-    recipe = resolved_recipe(plan)
+    recipe = plan.resolved_recipe()
     (folder / CONFIG_NAME).write_text(recipe.to_json_string(), encoding="utf-8")
     (folder / "README.md").write_text(
         str(model_card(recipe, list(plan.heads), plan.target.model_class.__name__)), encoding="utf-8"
@@ -69,14 +69,6 @@ def result_config(plan: MergePlan) -> Any:
     if untied and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
     return config
-
-
-def resolved_recipe(plan: MergePlan) -> MergeConfig:
-    """The recipe with the models it was carried out on, their revisions resolved to commits."""
-    recipe = copy.deepcopy(plan.config)
-    recipe.experts = {source.name: source.reference.to_dict() for source in plan.experts}
-    recipe.base_model = plan.base.reference.to_dict() if plan.base is not None else None
-    return recipe
 
 
 def head_tensors(source: ModelSource, head: Any) -> dict[str, Tensor]:

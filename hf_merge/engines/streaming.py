@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoints.conversion import SaveGroup
+from ..config import MergeConfig
 from ..errors import NonFiniteError
 from ..methods.base import TensorGroup, TensorMethod
 from ..registry import get_merge_method
@@ -94,7 +95,7 @@ class StreamingEngine:
         pending = [group for group in groups if sink.wants(list(group.disk))]
         start = time.perf_counter()
         if pending:
-            self._survey()
+            self.survey()
         self.report.seconds["survey"] = time.perf_counter() - start
         start = time.perf_counter()
         total = sum(info.nbytes for group in pending for info in group.disk.values())
@@ -164,7 +165,7 @@ class StreamingEngine:
             seed=self.plan.config.seed,
         )
 
-    def _survey(self) -> None:
+    def survey(self) -> None:
         """Shows the whole model to the methods that ask for it."""
         by_method: dict[str, list[PlannedParameter]] = {}
         for parameter in self.plan.parameters:
@@ -187,8 +188,8 @@ class StreamingEngine:
                 bar.update(parameter.info.nbytes)
 
     @torch.no_grad()
-    def _finish(self, parameter: PlannedParameter, loaded: Loaded) -> Tensor:
-        """The merged value in its output dtype, on the CPU."""
+    def _finish(self, parameter: PlannedParameter, loaded: Loaded, rounded: bool = True) -> Tensor:
+        """The merged value on the CPU, in its output dtype when `rounded`, else in that of the arithmetic."""
         row: dict[str, Any] = {"kind": parameter.kind.value, "action": parameter.action}
         self.report.parameters[parameter.name] = row
         if parameter.action == "copy":
@@ -201,6 +202,8 @@ class StreamingEngine:
         else:
             row["method"] = parameter.settings.merge_type
             merged = self._method(parameter.settings.merge_type)(group)
+        for step in parameter.then:
+            merged = self._apply(step, group, merged)
         result = merged.to(parameter.info.dtype)
         if not bool(torch.isfinite(result).all()):
             raise NonFiniteError(self._describe_non_finite(parameter, group, merged))
@@ -208,7 +211,18 @@ class StreamingEngine:
         if group.base is not None:
             row["task_vector_norm"] = float(torch.linalg.vector_norm(merged - group.base))
         row.update(group.report)
-        return result.cpu()
+        return (result if rounded else merged).cpu()
+
+    def _apply(self, step: MergeConfig, group: TensorGroup, merged: Tensor) -> Tensor:
+        """A further recipe on a result: the result is its only expert, the base model stays."""
+        again = replace(group, stored_experts=[merged], expert_names=("merged",), settings=step)
+        return self._method(step.merge_type)(again)
+
+    @torch.no_grad()
+    def merge_parameter(self, name: str) -> Tensor:
+        """Reads and merges one parameter now, without rounding it to its output dtype."""
+        parameter = self._by_name[name]
+        return self._finish(parameter, self.read(parameter), rounded=False)
 
     def _describe_non_finite(self, parameter: PlannedParameter, group: TensorGroup, merged: Tensor) -> str:
         sources = [

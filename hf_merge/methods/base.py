@@ -5,6 +5,7 @@ it is given groups of tensors that belong together, and returns tensors.
 
 - [`TensorMethod`]: data-free; parameters are independent of each other; runs from disk to disk at any size.
 - [`LinearMethod`]: a `TensorMethod` defined on the weights of linear layers, given as matrices (out, in).
+- `BlockMethod` (in `block_base.py`): needs the activations of calibration samples; one block of the model is there at a time.
 """
 
 from __future__ import annotations
@@ -45,6 +46,13 @@ LINEAR_KINDS = frozenset(
         ParameterKind.TRANSPOSED_EXPERT_LINEAR,
     }
 )
+
+
+def keyed_generator(seed: int, *words: str) -> np.random.Generator:
+    """A counter-based generator (Philox) that depends on the seed and the words, and on nothing else."""
+    text = "\0".join((str(seed), *words))
+    key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 @dataclass
@@ -121,9 +129,7 @@ class TensorGroup:
     def random(self, index: int, purpose: str = "mask") -> np.random.Generator:
         """A counter-based generator (Philox) keyed by (seed, parameter name, expert name, purpose): the order in which
         parameters are merged, threads, ranks and devices do not change what it draws."""
-        text = "\0".join((str(self.seed), self.name, self.expert_names[index], purpose))
-        key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
-        return np.random.Generator(np.random.Philox(key=key))
+        return keyed_generator(self.seed, self.name, self.expert_names[index], purpose)
 
     def keep_mask(self, index: int, probability: float | Tensor) -> Tensor:
         """A Bernoulli mask (bool, the parameter's shape) in which each entry is kept with `probability`.

@@ -39,15 +39,16 @@ def solve_dtype(like: Tensor) -> torch.dtype:
     return like.dtype if like.device.type == "mps" else torch.float64
 
 
-def numerical_rank(values: Tensor, size: int) -> int:
-    """How many of the falling singular values are above the rounding of a matrix whose longer side is `size`."""
-    return int((values > values[:1] * size * torch.finfo(values.dtype).eps).sum())
+def rounding_floor(norm: Tensor, shape: torch.Size) -> Tensor:
+    """The singular value below which a direction is only rounding: models are stored in float32 at best."""
+    return norm * max(shape) * torch.finfo(torch.float32).eps
 
 
 def singular_triplets(matrix: Tensor) -> Triplets:
     """The exact SVD without the null space, whose vectors are arbitrary."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return Triplets(left, values, right).top(numerical_rank(values, max(matrix.shape)))
+    rank = int((values > rounding_floor(values[:1], matrix.shape)).sum())
+    return Triplets(left, values, right).top(rank)
 
 
 def randomized_triplets(

@@ -100,7 +100,7 @@ class Anatomy:
         self.shell = shell
         prefix = shell.base_model_prefix
         self.backbone_prefix = f"{prefix}." if prefix and isinstance(getattr(shell, prefix, None), nn.Module) else ""
-        output = _output_embeddings(shell)
+        output = output_embeddings(shell)
         self._output_modules = {id(module) for module in ([output] if output is not None else [])}
 
     @cached_property
@@ -157,7 +157,8 @@ class Anatomy:
         return depths
 
 
-def _output_embeddings(shell: PreTrainedModel) -> nn.Module | None:
+def output_embeddings(shell: PreTrainedModel) -> nn.Module | None:
+    """The module that turns hidden states into logits over the vocabulary, where a model has one."""
     try:
         return shell.get_output_embeddings()
     except (NotImplementedError, AttributeError):

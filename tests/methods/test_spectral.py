@@ -234,7 +234,9 @@ def test_svc_gives_other_parameters_to_the_inner_method():
     assert relative(merged, 0.5 * vectors.sum(0)) < 1e-6
 
 
-@pytest.mark.parametrize(("inner", "alpha"), [("task_arithmetic", 0.1), ("iso_cts", 0.2), ("tsv_m", 1.0), ("wudi", 1.0)])
+@pytest.mark.parametrize(
+    ("inner", "alpha"), [("task_arithmetic", 0.1), ("iso_cts", 0.2), ("tsv_m", 1.0), ("wudi", 1.0)]
+)
 def test_svc_takes_the_strength_of_the_paper(inner, alpha):
     assert SvcConfig(inner=inner).strength == alpha
     assert SvcConfig(inner=inner, alpha=0.5).strength == 0.5
@@ -244,7 +246,7 @@ def test_svc_takes_the_strength_of_the_paper(inner, alpha):
 def test_svc_wraps_other_methods_and_their_rounds(inner):
     vectors = task_matrices(16, 3, 12, 20)
     merged, _ = merge(vectors, "svc", inner=inner)
-    plain, report = merge(vectors, inner)
+    plain, _ = merge(vectors, inner)
     assert relative(merged, literal_svc(plain, vectors, SvcConfig(inner=inner).strength)) < 1e-4
 
 

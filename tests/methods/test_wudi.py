@@ -246,10 +246,10 @@ def test_report_gives_the_losses_and_the_rank():
 
 
 def test_filter_is_stable_where_eigenvalues_vanish():
-    values = torch.tensor([1.0, 1e-3, 1e-9, 1e-15, 1e-200, 0.0], dtype=torch.float64)
+    values = torch.tensor([0.0, 1e-200, 1e-15, 1e-9, 1e-3, 1.0], dtype=torch.float64)
     phi = exponential_filter(values, 1300.0, 6)
-    assert phi[2:].tolist() == pytest.approx([1300.0] * 4, rel=1e-5)
-    assert phi[0] == pytest.approx(1.0)
+    assert phi[:4].tolist() == pytest.approx([1300.0] * 4, rel=1e-5)
+    assert phi[5] == pytest.approx(1.0)
 
 
 def test_effective_rank_of_equal_eigenvalues_is_their_number():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..base import LinearMethod, TaskMatrices, TensorGroup
-from ..linalg import Triplets, polar_factor, singular_triplets, solve_dtype
+from ..linalg import Triplets, polar_factor, rounding_floor, singular_triplets, solve_dtype
 from ..tsv_m.method import leading_triplets, nonzero_experts
 
 
@@ -50,7 +50,7 @@ def directions_per_task(size: int, tasks: int, common_fraction: float) -> int:
 
 def _beyond_rounding(matrix: Tensor, specific: Triplets) -> Triplets:
     """Leaves out directions of a projection that are only the rounding of what was projected away."""
-    floor = torch.linalg.vector_norm(matrix) * max(matrix.shape) * torch.finfo(matrix.dtype).eps
+    floor = rounding_floor(torch.linalg.matrix_norm(matrix), matrix.shape)
     return specific.top(int((specific.values > floor).sum()))
 
 

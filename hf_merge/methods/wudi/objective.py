@@ -80,11 +80,12 @@ class GramObjective(Objective):
             if gram is None:
                 gram = term.projector.new_zeros(shape[1], shape[1])
                 target = term.projector.new_zeros(shape)
-            square = term.projector.mT @ term.projector
-            gram.add_(square, alpha=term.weight)
             if term.projector.shape[0] * 2 < shape[1]:
+                gram.addmm_(term.projector.mT, term.projector, alpha=term.weight)
                 image = (term.target @ term.projector.mT) @ term.projector
             else:
+                square = term.projector.mT @ term.projector
+                gram.add_(square, alpha=term.weight)
                 image = term.target @ square
             target.add_(image, alpha=term.weight)
             constant += term.weight * _inner(image, term.target)

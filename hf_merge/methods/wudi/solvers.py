@@ -12,6 +12,7 @@ In the row form the same M is S − (S Rᵀ − F) U diag(φ) Uᵀ R with R Rᵀ
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,10 +32,9 @@ class Solution:
 
 
 def spectrum(curvature: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues in falling order, those below the rounding error set to zero, and eigenvectors (columns)."""
+    """Eigenvalues in rising order, those below the rounding error set to zero, and eigenvectors (columns)."""
     values, vectors = torch.linalg.eigh(curvature)
-    values, vectors = values.flip(0), vectors.flip(1)
-    floor = values[0] * len(values) * torch.finfo(values.dtype).eps
+    floor = values[-1] * len(values) * torch.finfo(values.dtype).eps
     return torch.where(values > floor, values, 0.0), vectors
 
 
@@ -46,37 +46,46 @@ def effective_rank(values: Tensor) -> int:
 
 
 def adaptive_filter(values: Tensor) -> Tensor:
-    """φ = 1/l on the top K directions, 0 elsewhere.  values: (k,), in falling order."""
+    """φ = 1/l on the top K directions, 0 elsewhere.  values: (k,), in rising order."""
     rank = min(effective_rank(values), int((values > 0).sum()))
     inverse = torch.zeros_like(values)
-    inverse[:rank] = 1.0 / values[:rank]
+    inverse[-rank:] = 1.0 / values[-rank:]
     return inverse
 
 
 def exponential_filter(values: Tensor, time: float, rank: int) -> Tensor:
-    """φ = (1 − e^{−lt})/l on the top `rank` directions, 0 elsewhere; t where l = 0."""
+    """φ = (1 − e^{−lt})/l on the top `rank` directions, 0 elsewhere; t where l = 0.  values: (k,), in rising order."""
     safe = torch.where(values > 0, values, 1.0)
     inverse = torch.where(values > 0, -torch.expm1(-safe * time) / safe, time)
-    inverse[rank:] = 0.0
+    inverse[: max(0, len(values) - rank)] = 0.0
     return inverse
 
 
-def solve_filtered(objective: Objective, total: Tensor, values: Tensor, vectors: Tensor, inverse: Tensor) -> Tensor:
+def solve_filtered(objective: Objective, total: Tensor, choose: Callable[[Tensor], Tensor]) -> Solution:
     """M = S − ½∇L(S) V diag(φ) Vᵀ, in either form of the objective.
+
+    The step removes φ_k (2 − l_k φ_k) ‖½∇L(S) v_k‖² from L along direction k, so that no further product is needed for L(M).
 
     Args:
         objective ([`Objective`]): Of one layer.
         total (`torch.Tensor`): S, shape (out, in).
-        values, vectors (`torch.Tensor`): The spectrum of its curvature, in falling order.
-        inverse (`torch.Tensor`): φ, by eigenvalue.
+        choose (`Callable`): φ by the rising eigenvalues of the curvature; non-zero on the top directions only.
     """
-    used = int(torch.count_nonzero(inverse))
-    basis = vectors[:, :used]
+    before = objective.loss(total)
+    values, vectors = spectrum(objective.curvature())
+    inverse = choose(values)
+    rank = int(torch.count_nonzero(inverse))
+    basis, values, inverse = vectors[:, -rank:], values[-rank:], inverse[-rank:]
+    gains = inverse * (2 - values * inverse)
     if isinstance(objective, RowObjective):
-        step = objective.residual(total) @ basis
-        return total - (step * inverse[:used]) @ (basis.mT @ objective.rows)
-    step = objective.half_gradient(total) @ basis
-    return total - (step * inverse[:used]) @ basis.mT
+        # In terms of u_k = R v_k / √l_k: ‖½∇L(S) v_k‖² = l_k ‖(S Rᵀ − F) u_k‖².
+        step, gains = objective.residual(total) @ basis, gains * values
+        merged = torch.addmm(total, step * inverse, basis.mT @ objective.rows, alpha=-1)
+    else:
+        step = objective.half_gradient(total) @ basis
+        merged = torch.addmm(total, step * inverse, basis.mT, alpha=-1)
+    removed = (step.square().sum(dim=0) * gains).sum().item()
+    return Solution(merged, before, max(0.0, before - removed), rank)
 
 
 def solve_ridge(objective: Objective, ridge: float) -> Tensor:

@@ -1,0 +1,88 @@
+"""A model that does not exist yet: the result of a merge, as a source for another merge.
+
+Its parameters are merged one by one when they are read, so that recipes can be composed without intermediate folders.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from ..checkpoints.conversion import NameMap
+from ..checkpoints.source import ModelReference, ModelSource
+from ..checkpoints.storage import TensorInfo
+from ..errors import ConfigError
+from ..methods.base import TensorMethod
+from ..registry import get_merge_method
+from .placement import Placement
+from .plan import MergePlan
+from .streaming import StreamingEngine
+
+
+class MergedSource(ModelSource):
+    """The result of a plan, parameter by parameter. Use [`MergedSource.of_plan`]."""
+
+    plan: MergePlan
+
+    @classmethod
+    def of_plan(cls, name: str, plan: MergePlan) -> MergedSource:
+        """Args:
+            name (`str`): What messages call the model.
+            plan ([`MergePlan`]): A checked plan of a data-free method.
+
+        Raises:
+            ConfigError: The method needs data.
+        """
+        method = get_merge_method(plan.config.merge_type).method_cls
+        if not issubclass(method, TensorMethod):
+            raise ConfigError(
+                f"'{name}': a recipe inside another one must be data-free, '{plan.config.merge_type}' is not."
+            )
+        target = plan.target
+        source = cls(
+            name=name,
+            reference=ModelReference(None),
+            config=target.config,
+            model_class=target.model_class,
+            storage=target.storage,
+            folder=target.folder,
+            generation_config=target.generation_config,
+            live=target.live,
+        )
+        source.plan = plan
+        return source
+
+    def __str__(self) -> str:
+        return f"'{self.name}' (merged by '{self.plan.config.merge_type}')"
+
+    def recipe_entry(self) -> dict[str, Any]:
+        return {"merge": self.plan.resolved_recipe().to_dict()}
+
+    def fingerprint(self) -> list[Any]:
+        return [self.plan.config.to_dict(), *(source.fingerprint() for source in self.plan.sources)]
+
+    @cached_property
+    def names(self) -> NameMap:
+        own = self.plan.target.names
+        present = set(self.plan.outputs)
+        groups = [group for group in own.groups if present.issuperset(group.targets)]
+        return NameMap(groups, [], [name for name in own.missing if name not in present], [])
+
+    @cached_property
+    def parameters(self) -> dict[str, TensorInfo]:
+        return self.plan.outputs
+
+    @cached_property
+    def duplicates(self) -> dict[str, str]:
+        return {}
+
+    @cached_property
+    def _engine(self) -> StreamingEngine:
+        engine = StreamingEngine(self.plan, Placement())
+        engine.survey()
+        return engine
+
+    def read(self, name: str) -> Tensor:
+        return self._engine.merge_parameter(name)
