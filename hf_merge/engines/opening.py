@@ -13,10 +13,12 @@ from ..config import MergeConfig
 from ..errors import ConfigError, MergeError, PlanError
 from .nested import MergedSource
 from .plan import build_plan
+from .slices import LayerSlice, SlicedSource
 
 
 BASE_NAME = "base"
 RECIPE_KEY = "merge"
+SLICES_KEY = "slices"
 
 
 @dataclass
@@ -32,10 +34,12 @@ class Opening:
     hub_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def model(self, name: str, model: Any, template: ModelSource | None = None) -> ModelSource:
-        """Opens one model: everything that [`open_source`] takes, or `{"merge": recipe}`, a merge that is carried out parameter
-        by parameter when the outer merge asks for it."""
+        """Opens one model: everything that [`open_source`] takes; `{"merge": recipe}`, a merge that is carried out parameter by
+        parameter when the outer merge asks for it; or `{"slices": [{"model": model, "layers": [start, end]}, ...]}`."""
         if isinstance(model, Mapping) and set(model) == {RECIPE_KEY}:
             return self._nested(name, model)
+        if isinstance(model, Mapping) and set(model) == {SLICES_KEY}:
+            return self._sliced(name, model[SLICES_KEY])
         return open_source(name, model, template=template, trust_remote_code=self.trust_remote_code, **self.hub_kwargs)
 
     def _nested(self, name: str, model: Mapping[str, Any]) -> ModelSource:
@@ -44,6 +48,23 @@ class Opening:
             recipe = MergeConfig.from_dict(recipe, origin=f"The recipe of '{name}'")
         experts, base = self.models(recipe.experts or {}, recipe.base_model)
         return MergedSource.of_plan(name, build_plan(recipe, experts, base).check())
+
+    def _sliced(self, name: str, slices: Any) -> ModelSource:
+        pieces, opened = [], {}
+        for index, piece in enumerate(slices if isinstance(slices, (list, tuple)) else [slices]):
+            where = f"'{name}': slices[{index}]"
+            if not isinstance(piece, Mapping) or set(piece) != {"model", "layers"}:
+                raise ConfigError(f"{where} must be a dictionary with the keys 'model' and 'layers', got {piece!r}.")
+            bounds = piece["layers"]
+            if not isinstance(bounds, (list, tuple)) or [type(bound) for bound in bounds] != [int, int]:
+                raise ConfigError(
+                    f"{where}: 'layers' must be two integers, the first layer and the one after the last."
+                )
+            key = repr(piece["model"])
+            if key not in opened:
+                opened[key] = self.model(f"{name}[{index}]", piece["model"])
+            pieces.append(LayerSlice(opened[key], *bounds))
+        return SlicedSource.of_slices(name, pieces)
 
     def models(self, experts: Any, base_model: Any) -> tuple[list[ModelSource], ModelSource | None]:
         """Opens experts and base; the base is inferred where it is not given and can be."""
@@ -61,7 +82,7 @@ class Opening:
         bare = [
             name
             for name, model in named.items()
-            if isinstance(model, Mapping) and not set(model) & {"model", RECIPE_KEY}
+            if isinstance(model, Mapping) and not set(model) & {"model", RECIPE_KEY, SLICES_KEY}
         ]
         for name in [*(name for name in named if name not in bare), *bare]:
             template = next(iter(opened.values()), None)

@@ -1,0 +1,1 @@
+"""Calibration samples and the activations that they make."""
