@@ -186,7 +186,9 @@ def _train_all(folder: Path, images: np.ndarray, digits: np.ndarray) -> tuple[Pa
     for task in TASKS:
         expert = _new_model(task)
         expert.vit.load_state_dict(model.vit.state_dict())
-        _train(expert, task, images, digits, experts[task.name], epochs=8, learning_rate=1e-4, head_learning_rate=2e-3)
+        _train(
+            expert, task, images, digits, experts[task.name], epochs=10, learning_rate=1e-4, head_learning_rate=2e-3
+        )
     return base, experts
 
 
@@ -196,8 +198,8 @@ def _new_model(task: Task) -> ViTForImageClassification:
         image_size=8,
         patch_size=4,
         num_channels=1,
-        hidden_size=192,
-        intermediate_size=384,
+        hidden_size=256,
+        intermediate_size=512,
         num_hidden_layers=3,
         num_attention_heads=4,
         id2label=dict(enumerate(task.labels)),
@@ -223,6 +225,7 @@ def _train(
         per_device_train_batch_size=64,
         num_train_epochs=epochs,
         learning_rate=learning_rate,
+        max_grad_norm=0.0,
         save_strategy="no",
         logging_strategy="no",
         report_to="none",

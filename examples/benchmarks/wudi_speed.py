@@ -66,7 +66,11 @@ def run_hf_merge(vectors: list[dict[str, torch.Tensor]], steps: int, solver: str
 def work(implementation: str, folder: Path, steps: int) -> None:
     """The child process: reads the task vectors, merges, writes the result and its figures."""
     torch.set_num_threads(1)
-    vectors = [load_file(file) for file in sorted(folder.glob("vectors-*.safetensors"))]
+    # Copied, because the pages of a mapped file become resident only when they are read.
+    vectors = [
+        {name: tensor.clone() for name, tensor in load_file(file).items()}
+        for file in sorted(folder.glob("vectors-*.safetensors"))
+    ]
     names = list(vectors[0])
     # One step on one small matrix: imports and allocators are not what is compared.
     run(implementation, [{"warm": torch.randn(8, 8)} for _ in vectors], 1)

@@ -94,8 +94,8 @@ def without_padding(sample: Sample) -> dict[str, Tensor]:
         end, length = int(mask.nonzero()[-1]) + 1, len(mask)
         prefix = "decoder_" if main.startswith("decoder_") else ""
         for key, value in trimmed.items():
-            belongs = key.startswith("decoder_") == bool(prefix)
-            if belongs and value.dim() >= 1 and value.shape[0] == length and key not in ("pixel_values",):
+            is_sequence = (value.dim() == 1 or key == "inputs_embeds") and value.shape[0] == length
+            if is_sequence and key.startswith("decoder_") == bool(prefix):
                 trimmed[key] = value[:end]
     return trimmed
 

@@ -58,6 +58,17 @@ class PlannedParameter:
     reason: str = ""
     then: list[MergeConfig] = field(default_factory=list)
 
+    @property
+    def treatment(self) -> str:
+        """What is done with the parameter, in words."""
+        if self.action != "merge":
+            return self.action
+        kinds = getattr(get_merge_method(self.settings.merge_type).method_cls, "kinds", None)
+        if kinds is None or self.kind in kinds:
+            return f"merged by {self.settings.merge_type}"
+        policy = getattr(self.settings, "other_parameters", "mean")
+        return f"{policy} (other_parameters of {self.settings.merge_type})"
+
 
 @dataclass
 class Dropped:
@@ -133,11 +144,8 @@ class MergePlan:
         lines += [f"  expert {source}: {source.dtype}".replace("torch.", "") for source in self.experts]
         lines.append(f"  base   {self.base}" if self.base is not None else "  no base model")
         lines.append(f"  result: {len(self.parameters)} parameters, {self.nbytes / 2**20:,.1f} MiB")
-        counts = Counter(
-            (p.action, p.settings.merge_type if p.action == "merge" else "", p.kind.value) for p in self.parameters
-        )
-        for (action, method, kind), count in sorted(counts.items()):
-            lines.append(f"    {count:6d} x {kind}: {f'merged by {method}' if method else action}")
+        for (kind, treatment), count in sorted(Counter((p.kind.value, p.treatment) for p in self.parameters).items()):
+            lines.append(f"    {count:6d} x {kind}: {treatment}")
         for reason, count in Counter(p.reason for p in self.parameters if p.reason).items():
             lines.append(f"    {count:6d} x not merged: {reason}")
         for task, head in self.heads.items():
