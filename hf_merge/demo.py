@@ -35,6 +35,7 @@ from .methods import LinearConfig, TaskArithmeticConfig, TiesConfig, WudiConfig
 
 RESULTS_NAME = "demo.json"
 TRAINING_IMAGES = 1200
+HIDDEN_SIZE = 256
 DIGITS = tuple(str(digit) for digit in range(10))
 METHODS: dict[str, MergeConfig] = {
     "average": LinearConfig(),
@@ -89,8 +90,8 @@ class DemoResult:
 
     def normalized(self, method: str) -> float:
         """The mean over the tasks of the accuracy divided by that of the task's own expert."""
-        individual = self.accuracies["individual"]
-        return float(np.mean([value / individual[task] for task, value in self.accuracies[method].items()]))
+        individual, values = self.accuracies["individual"], self.accuracies[method]
+        return float(np.mean([values[task] / best if best else float("nan") for task, best in individual.items()]))
 
     def table(self) -> str:
         """One line for each method."""
@@ -198,8 +199,8 @@ def _new_model(task: Task) -> ViTForImageClassification:
         image_size=8,
         patch_size=4,
         num_channels=1,
-        hidden_size=256,
-        intermediate_size=512,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=2 * HIDDEN_SIZE,
         num_hidden_layers=3,
         num_attention_heads=4,
         id2label=dict(enumerate(task.labels)),

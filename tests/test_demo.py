@@ -8,18 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoModelForImageClassification
+
 from hf_merge import AutoMergedModelForImageClassification, MissingDependencyError, OutputError
 from hf_merge import demo as demo_module
 from hf_merge.demo import METHODS, RESULTS_NAME, TASKS, DemoResult, examples, load_digits, run_demo
-from transformers import AutoModelForImageClassification
 
 
 @pytest.fixture
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """128 images, half of them to train on."""
+    """A smaller model, and 264 images, 64 of them to train on."""
     images, digits = load_digits()
-    monkeypatch.setattr(demo_module, "load_digits", lambda: (images[:128], digits[:128]))
+    monkeypatch.setattr(demo_module, "load_digits", lambda: (images[:264], digits[:264]))
     monkeypatch.setattr(demo_module, "TRAINING_IMAGES", 64)
+    monkeypatch.setattr(demo_module, "HIDDEN_SIZE", 32)
 
 
 def test_end_to_end(few_images: None, tmp_path: Path) -> None:

@@ -48,12 +48,14 @@ class MergeReport:
         - **parameters** (`dict[str, dict]`) -- Per parameter: kind, action, method, norms, and what the method reports.
         - **seconds** (`dict[str, float]`) -- Wall time by phase.
         - **peak_memory_bytes** (`int`) -- The largest resident set of the process so far.
+        - **blocks** (`dict[str, dict]`) -- Per block, for methods that need data: losses and steps.
         - **dropped** (`list[dict]`), **notes** (`list[str]`) -- As planned.
     """
 
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+    blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
     dropped: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -202,8 +204,7 @@ class StreamingEngine:
         else:
             row["method"] = parameter.settings.merge_type
             merged = self._method(parameter.settings.merge_type)(group)
-        for step in parameter.then:
-            merged = self._apply(step, group, merged)
+        merged = self._follow(parameter, group, merged)
         result = merged.to(parameter.info.dtype)
         if not bool(torch.isfinite(result).all()):
             raise NonFiniteError(self._describe_non_finite(parameter, group, merged))
@@ -213,10 +214,18 @@ class StreamingEngine:
         row.update(group.report)
         return (result if rounded else merged).cpu()
 
-    def _apply(self, step: MergeConfig, group: TensorGroup, merged: Tensor) -> Tensor:
-        """A further recipe on a result: the result is its only expert, the base model stays."""
-        again = replace(group, stored_experts=[merged], expert_names=("merged",), settings=step)
-        return self._method(step.merge_type)(again)
+    def _follow(self, parameter: PlannedParameter, group: TensorGroup, merged: Tensor) -> Tensor:
+        """The further recipes on a result: the result is their only expert, the base model stays."""
+        for step in parameter.then:
+            again = replace(group, stored_experts=[merged], expert_names=("merged",), settings=step)
+            merged = self._method(step.merge_type)(again)
+        return merged
+
+    def follow(self, parameter: PlannedParameter, merged: Tensor) -> Tensor:
+        """Applies the further recipes of a parameter to a value that was merged elsewhere."""
+        if not parameter.then:
+            return merged
+        return self._follow(parameter, self._group(parameter, self.read(parameter)), merged)
 
     @torch.no_grad()
     def merge_parameter(self, name: str) -> Tensor:

@@ -1,7 +1,7 @@
 """What the methods that sparsify task vectors share: how the sparse task vectors are combined.
 
 TIES, DARE, DELLA and Breadcrumbs differ in which entries of a task vector they keep. Then they either add what is left, or
-elect a sign for every entry and average the experts that agree (TIES, arXiv 2306.01708, section 3.2).
+elect a sign for every entry and average the experts that agree (TIES, arXiv 2306.01708).
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def elect_positive(sparse: SparseVector, weights: Sequence[float], majority_sign
 def disjoint_merge(sparse: SparseVector, weights: Sequence[float], positive: Tensor, *, mean: bool) -> Tensor:
     """Adds, entry by entry, the experts that agree with the elected sign: Σ w_i τ̂_i over those whose w_i τ̂_i has it.
 
-    With `mean` the sum is divided by Σ |w_i| over the same experts (arXiv 2306.01708, the disjoint mean of section 3.2; the plain
+    With `mean` the sum is divided by Σ |w_i| over the same experts (the disjoint mean of arXiv 2306.01708; the plain
     mean for equal weights). An entry where no expert agrees is 0.
 
     Args:

@@ -12,7 +12,7 @@ from ..sparsify import SparseMethod
 
 
 class Breadcrumbs(SparseMethod):
-    """τ̂ keeps, of each parameter, the `density` largest entries after the γ largest (arXiv 2312.06795, section 3)."""
+    """τ̂ keeps, of each parameter, the `density` largest entries after the γ largest (arXiv 2312.06795)."""
 
     def sparsify(self, group: TensorGroup, index: int) -> Tensor:
         density, gamma = group.settings.density[index], group.settings.gamma[index]

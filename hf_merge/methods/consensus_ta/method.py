@@ -12,7 +12,7 @@ from ..sparsify import weighted_sum
 class ConsensusTa(TensorMethod):
     """θ_0 + λ m ⊙ τ, τ = Σ w_i τ_i, where m keeps the entries that at least k tasks use.
 
-    Task i uses an entry when |τ_i| ≥ |τ − τ_i| t_i: its TALL mask (arXiv 2405.07813, section 4). As in the authors' code the
+    Task i uses an entry when |τ_i| ≥ |τ − τ_i| t_i: its TALL mask (arXiv 2405.07813). As by default in the authors' code the
     masks look at the sum of the task vectors before it is scaled.
     """
 

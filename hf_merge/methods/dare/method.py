@@ -9,7 +9,7 @@ from ..sparsify import SparseMethod
 
 
 class Dare(SparseMethod):
-    """m ~ Bernoulli(1 − p), τ̂ = m ⊙ τ / (1 − p) with p = 1 − density (arXiv 2311.03099, section 3.2)."""
+    """m ~ Bernoulli(1 − p), τ̂ = m ⊙ τ / (1 − p) with p = 1 − density (arXiv 2311.03099)."""
 
     def sparsify(self, group: TensorGroup, index: int) -> Tensor:
         density = group.settings.density[index]

@@ -10,7 +10,7 @@ from ..trimming import TrimmingMethod
 
 
 class LocalizeAndStitch(TrimmingMethod):
-    """θ_0 + λ Σ m_i ⊙ τ_i / max(1, Σ m_i), m_i the mask of the `density` largest entries of τ_i (arXiv 2408.13656, section 4).
+    """θ_0 + λ Σ m_i ⊙ τ_i / max(1, Σ m_i), m_i the mask of the `density` largest entries of τ_i (arXiv 2408.13656).
 
     Where the regions of several experts overlap, those experts are averaged.
     """

@@ -10,7 +10,7 @@ from ..trimming import TrimmingMethod
 
 
 class Ties(TrimmingMethod):
-    """θ_0 + λ · disjoint mean of the trimmed task vectors (arXiv 2306.01708, section 3.2)."""
+    """θ_0 + λ · disjoint mean of the trimmed task vectors (arXiv 2306.01708)."""
 
     def merge(self, group: TensorGroup) -> Tensor:
         settings = group.settings

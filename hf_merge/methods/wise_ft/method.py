@@ -8,7 +8,7 @@ from ..base import TensorGroup, TensorMethod
 
 
 class WiseFt(TensorMethod):
-    """(1 − α) θ_0 + α θ_1 for one expert (arXiv 2109.01903, section 3)."""
+    """(1 − α) θ_0 + α θ_1 for one expert (arXiv 2109.01903)."""
 
     requires_base = True
     max_experts = 1

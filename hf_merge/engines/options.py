@@ -1,0 +1,33 @@
+"""How a merge that needs data is run, as far as it does not change what is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..methods.block_base import BlockMonitor
+
+
+@dataclass
+class EngineOptions:
+    """Options of the engines that need data.
+
+    Args:
+        work_dir (`Path`, *optional*): Finished blocks are written there, and a merge that was killed goes on from them.
+        bf16 (`bool`): Blocks run in bfloat16 (autocast); weights and updates stay in float32.
+        gradient_accumulation_steps (`int`): Batches of each task per update.
+        cache (`str`): Where activations are kept: `"memory"`, `"disk"` or a device.
+        cache_limit (`int`, *optional*): Bytes of activations in memory; the rest goes to disk.
+        cache_dtype (`str`, *optional*): `"bfloat16"` halves the activations that are kept.
+        self_check (`bool`): Compare running block by block with a plain forward before the merge.
+        monitor ([`BlockMonitor`]): Is told about training.
+    """
+
+    work_dir: Path | None = None
+    bf16: bool = False
+    gradient_accumulation_steps: int = 1
+    cache: str = "memory"
+    cache_limit: int | None = None
+    cache_dtype: str | None = None
+    self_check: bool = True
+    monitor: BlockMonitor = field(default_factory=BlockMonitor)

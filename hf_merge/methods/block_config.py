@@ -1,0 +1,63 @@
+"""What the recipes of all block-wise methods have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import MergeConfig
+from ..errors import ConfigError
+from ..registry import get_merge_method
+from ..settings import setting
+
+
+@dataclass
+class BlockMethodConfig(MergeConfig):
+    """Base class of the configs of methods that merge one block after another.
+
+    Args:
+        init (`str` or `dict`): The method or recipe that merges everything that this method does not, and that gives the
+            values it starts from: `"linear"`, `"wudi"`, `{"merge_type": "ties", "density": 0.3}`.
+        batch_size (`int`): Calibration samples that run together.
+    """
+
+    init: Any = field(
+        default="linear", metadata={"help": "Method or recipe for the start and for what is outside of blocks."}
+    )
+    batch_size: int = setting(128, "Calibration samples that run together.", minimum=1, scope="merge")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.initial_config()
+
+    def initial_config(self) -> MergeConfig:
+        """The recipe of `init`, with this recipe's choice of parameters, heads and seed."""
+        if not isinstance(self.init, (str, Mapping)):
+            raise ConfigError(
+                f"{type(self).__name__}.init must be the name of a method or a recipe (a dictionary), got {self.init!r}."
+            )
+        recipe = {"merge_type": self.init} if isinstance(self.init, str) else dict(self.init)
+        common = {
+            "include": self.include,
+            "exclude": self.exclude,
+            "heads": self.heads,
+            "seed": self.seed,
+            "dtype": self.dtype,
+        }
+        config = MergeConfig.from_dict(
+            common | self.initial_settings(recipe) | recipe, origin=f"{type(self).__name__}.init"
+        )
+        self._check_initial(config)
+        return config
+
+    def initial_settings(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of the method of `init` that follow from this recipe."""
+        return {}
+
+    def _check_initial(self, config: MergeConfig) -> None:
+        method = get_merge_method(config.merge_type).method_cls
+        if method.requires_data:
+            raise ConfigError(
+                f"{type(self).__name__}.init names '{config.merge_type}', which needs data itself: use a method without data."
+            )
