@@ -242,7 +242,9 @@ class BlockRunner:
             compare_outputs(self.label, block, found, expected[block].cpu())
             count += 1
         if count < len(expected):
-            raise UnsupportedModelError(f"{self.label} runs {len(expected)} blocks, of which re-entry reaches {count}.")
+            raise UnsupportedModelError(
+                f"{self.label} runs {len(expected)} blocks, of which re-entry reaches {count}."
+            )
 
 
 def open_runner(
@@ -268,4 +270,3 @@ def _first_sample(batch: Batch) -> dict[str, Tensor]:
     if any(value.dim() == 0 or len(value) != batch.count for value in batch.inputs.values()):
         return batch.inputs
     return {name: value[:1] for name, value in batch.inputs.items()}
-

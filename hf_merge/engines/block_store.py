@@ -94,7 +94,9 @@ class BlockStore:
         except (OSError, ValueError) as error:
             raise OutputError(f"The work folder '{self.folder}' cannot be used: {error}.") from error
         if known is None and any(self.folder.iterdir()):
-            raise OutputError(f"The work folder '{self.folder}' holds other files: choose another one, or remove it first.")
+            raise OutputError(
+                f"The work folder '{self.folder}' holds other files: choose another one, or remove it first."
+            )
         if known != {"fingerprint": fingerprint}:
             for path in self.folder.glob("*.safetensors"):
                 path.unlink()

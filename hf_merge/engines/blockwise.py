@@ -377,7 +377,9 @@ class _Activations(BlockActivations):
     def _inputs(self, runner: BlockRunner, task: int, index: int) -> BlockInputs:
         key = self.stage.keys[task][index]
         call = runner.call(key)
-        hidden = next(v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
+        hidden = next(
+            v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()
+        )
         mask = self.models.batches[key].token_mask(hidden.shape, self._is_decoder)
         return BlockInputs(task, index, call.args, call.kwargs, mask if mask is None else mask.to(hidden.device))
 
@@ -417,7 +419,9 @@ def _reader(source: ModelSource):
     return read
 
 
-def _translation(target: ModelSource, student: BlockRunner, source: ModelSource, runner: BlockRunner) -> dict[str, str]:
+def _translation(
+    target: ModelSource, student: BlockRunner, source: ModelSource, runner: BlockRunner
+) -> dict[str, str]:
     """The blocks of the merged model by name -> those of an expert, whose class may be another over the same backbone."""
     theirs = {source.anatomy.canonical(name): name for name in runner.reentry.blocks}
     return {name: theirs[target.anatomy.canonical(name)] for name in student.reentry.blocks}
@@ -447,6 +451,10 @@ def _positions(source: ModelSource) -> int | None:
     """How many tokens the model can take; tables of positions of RoBERTa and its relatives begin behind the padding index."""
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     for path, module in source.shell.named_modules():
-        if isinstance(module, nn.Embedding) and path.endswith("position_embeddings") and module.padding_idx is not None:
+        if (
+            isinstance(module, nn.Embedding)
+            and path.endswith("position_embeddings")
+            and module.padding_idx is not None
+        ):
             return module.num_embeddings - module.padding_idx - 1
     return limit if isinstance(limit, int) and limit > 0 else None

@@ -213,24 +213,18 @@ def build_plan(config: MergeConfig, experts: Sequence[ModelSource], base: ModelS
 
 
 def _check_method(plan: MergePlan) -> None:
-    method, count = get_merge_method(plan.config.merge_type).method_cls, len(plan.experts)
-    name = plan.config.merge_type
-    if method.requires_base and plan.base is None:
-        plan.problems.append(
-            f"The method '{name}' works on task vectors and needs the base model: pass base_model=... (--base)."
-        )
-    if count < method.min_experts:
-        plan.problems.append(f"The method '{name}' needs at least {method.min_experts} experts, got {count}.")
+    has_base = plan.base is not None
+    for merge_type in dict.fromkeys([plan.config.merge_type, *(rule.get("merge_type") for rule in plan.config.rules)]):
+        if merge_type is not None:
+            method = get_merge_method(merge_type).method_cls
+            plan.problems += method.refusals(merge_type, len(plan.experts), has_base)
     for step in plan.config.next_recipes():
-        following = get_merge_method(step.merge_type).method_cls
-        if following.min_experts > 1 or not issubclass(following, TensorMethod):
+        method = get_merge_method(step.merge_type).method_cls
+        plan.problems += [f"then: {refusal}" for refusal in method.refusals(step.merge_type, 1, has_base)]
+        if not issubclass(method, TensorMethod) or method().rounds(step):
             plan.problems.append(
-                f"then: '{step.merge_type}' cannot be applied to the one model that a merge results in."
+                f"then: '{step.merge_type}' does not work parameter by parameter and cannot follow a merge."
             )
-        if following.requires_base and plan.base is None:
-            plan.problems.append(f"then: '{step.merge_type}' needs the base model: pass base_model=... (--base).")
-    if method.max_experts is not None and count > method.max_experts:
-        plan.problems.append(f"The method '{name}' merges at most {method.max_experts} expert(s), got {count}.")
 
 
 def _check_unexpected(plan: MergePlan) -> None:

@@ -160,6 +160,26 @@ class MergeMethod:
     min_experts: ClassVar[int] = 1
     max_experts: ClassVar[int | None] = None
 
+    @classmethod
+    def refusals(cls, name: str, experts: int, has_base: bool) -> list[str]:
+        """Why the method cannot merge so many models, as sentences; empty when it can.
+
+        Args:
+            name (`str`): The method's registered name.
+            experts (`int`): The number of experts.
+            has_base (`bool`): Whether there is a base model.
+        """
+        refusals = []
+        if cls.requires_base and not has_base:
+            refusals.append(
+                f"The method '{name}' works on task vectors and needs the base model: pass base_model=... (--base)."
+            )
+        if experts < cls.min_experts:
+            refusals.append(f"The method '{name}' needs at least {cls.min_experts} experts, got {experts}.")
+        if cls.max_experts is not None and experts > cls.max_experts:
+            refusals.append(f"The method '{name}' merges at most {cls.max_experts} expert(s), got {experts}.")
+        return refusals
+
 
 class TensorMethod(MergeMethod):
     """A data-free method: parameter by parameter.

@@ -17,6 +17,14 @@ class Slerp(TensorMethod):
 
     max_experts = 2
 
+    @classmethod
+    def refusals(cls, name: str, experts: int, has_base: bool) -> list[str]:
+        if experts == 1 and not has_base:
+            return [
+                f"The method '{name}' goes from one model to another: give two experts, or a base model and one expert."
+            ]
+        return super().refusals(name, experts, has_base)
+
     def merge(self, group: TensorGroup) -> Tensor:
         if len(group) == 1 and group.base is None:
             return group.mean()
