@@ -40,7 +40,8 @@ class MergeConfig(HubMixin):
         exclude (`list[str]`, *optional*): Parameters matching one of these are not merged.
         rules (`list[dict]`, *optional*): Per-parameter settings: `{"match": regex, setting: value, ...}`. For each setting the
             first rule that matches and names it wins. `"merge_type"` in a rule chooses another method for the parameters
-            that match. A rule that matches no parameter is an error.
+            that match. `{expert: value}` may name some experts only: the others take their value from the next rule, or the
+            config. A rule that matches no parameter is an error.
         then (`list[dict]`): Recipes that are applied to the result, one after another: each takes the result as its only expert
             and keeps the base model. `[{"merge_type": "wise_ft", "alpha": 0.8}]` goes back towards the base.
         heads (`str`): What happens to task heads. `"auto"`: merged when every expert has the same head (shapes and label
@@ -50,6 +51,8 @@ class MergeConfig(HubMixin):
         dtype (`str`, *optional*): The dtype of the merged weights; the first expert's when not given. Arithmetic is in float32.
         tokenizer (`str`, *optional*): Whose tokenizer or processor files are copied: `"base"` or the name of an expert. The
             first expert that has some when not given.
+        chat_template (`str`, *optional*): The chat template of the result's tokenizer, as Jinja text; `"auto"`: the one that most
+            models have. The copied tokenizer's own when not given.
         experts (`dict`, *optional*): The experts by name, each `{"model": path or Hub id, "revision": commit}`. Filled in
             when a merged model is saved.
         base_model (`dict`, *optional*): The base model, in the same form.
@@ -84,6 +87,9 @@ class MergeConfig(HubMixin):
     )
     tokenizer: str | None = setting(
         None, "Whose tokenizer or processor files are copied: 'base' or an expert's name.", type=str, scope="merge"
+    )
+    chat_template: str | None = setting(
+        None, "The chat template (Jinja text), or 'auto' for the most common one.", type=str, scope="merge"
     )
     experts: dict[str, Any] | None = field(default=None, metadata={"help": "The experts by name."})
     base_model: Any = field(default=None, metadata={"help": "The base model."})
@@ -177,9 +183,9 @@ class MergeConfig(HubMixin):
         for key, spec in specs.items():
             if spec.scope == "merge":
                 continue
-            chosen = next((rule[key] for rule in rules if key in rule), getattr(resolved, key))
+            chosen = [rule[key] for rule in rules if key in rule]
             where = f"{type(resolved).__name__}.{key}"
-            setattr(resolved, key, spec.resolve(where, chosen, depth, experts))
+            setattr(resolved, key, spec.resolve_first(where, chosen, getattr(resolved, key), depth, experts))
         resolved.resolve_nested(name, depth, experts)
         return resolved
 
@@ -281,6 +287,24 @@ class MergeConfig(HubMixin):
         return cls.from_dict(
             {"merge_type": merge_type, **kwargs}, origin=f"MergeConfig.from_merge_type('{merge_type}')"
         )
+
+    @classmethod
+    def from_mergekit(cls, recipe: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> MergeConfig:
+        """The config that a [mergekit](https://github.com/arcee-ai/mergekit) recipe describes.
+
+        Args:
+            recipe (`str`, `Path`, `dict` or `list`): A file, YAML text, or what YAML text says: one document, or several of which
+                those with a `name` are models for the others.
+
+        Returns:
+            [`MergeConfig`]: With `experts` and `base_model`, ready for `Merger.from_pretrained(config=...)`.
+
+        Raises:
+            ConfigError: A key or value is unknown to mergekit, or asks for something that hf_merge does not do.
+        """
+        from .interop.mergekit import translate
+
+        return translate(recipe)
 
 
 @dataclass

@@ -123,7 +123,7 @@ def run_demo(output_dir: str | Path, *, echo: Callable[[str], object] = print) -
     output_dir = Path(output_dir)
     _prepare(output_dir)
     result = DemoResult()
-    with _quiet():
+    with _quiet(), _one_thread():
         echo(f"Training a base model and {len(TASKS)} experts on {TRAINING_IMAGES} images of digits ...")
         base, experts = _train_all(output_dir, images[:TRAINING_IMAGES], digits[:TRAINING_IMAGES])
         unseen = images[TRAINING_IMAGES:], digits[TRAINING_IMAGES:]
@@ -283,3 +283,14 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Computes in one thread: for matrices this small that is faster, and the numbers do not depend on the machine's cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -22,15 +22,17 @@ from transformers import PreTrainedModel
 
 from . import __version__
 from .checkpoints.conversion import SaveGroup, plan_saving
-from .checkpoints.folder import OutputFolder, check_output
+from .checkpoints.folder import OutputFolder, check_output, work_folder_of
 from .checkpoints.layout import CheckpointLayout, plan_layout
 from .checkpoints.source import ModelSource
 from .config import MergeConfig
+from .data.calibration import CalibrationData
+from .engines.choice import Engine, choose_engine, find_data_problems
 from .engines.opening import Opening
 from .engines.placement import Placement
 from .engines.plan import MergePlan, build_plan
 from .engines.sealing import head_tensors, processor_source, result_config, result_dtype, seal
-from .engines.streaming import MergeReport, StreamingEngine, on_disk
+from .engines.streaming import MergeReport, on_disk
 from .errors import ConfigError, PlanError, suggest
 from .hub import HubMixin, upload_folder
 from .modeling.assembly import assemble, transfer_backbone
@@ -136,17 +138,33 @@ class Merger(HubMixin):
         Raises:
             PlanError: Lists all problems at once.
         """
-        problems = list(self.plan.problems)
-        if save_directory is not None:
-            problems += check_output(Path(save_directory), self.plan.nbytes)
+        self._raise(self._problems(Path(save_directory) if save_directory is not None else None))
+        return self.plan
+
+    def _problems(self, folder: Path | None) -> list[str]:
+        return self.plan.problems + (check_output(folder, self.plan.nbytes) if folder is not None else [])
+
+    @staticmethod
+    def _raise(problems: list[str]) -> None:
         if problems:
             raise PlanError(problems)
-        return self.plan
 
     # -- merging --------------------------------------------------------------------------------------------------
 
-    def merge(self) -> PreTrainedModel:
+    def merge(
+        self,
+        data: CalibrationData | Mapping[str, Any] | None = None,
+        *,
+        callbacks: Sequence[Any] | None = None,
+        args: Any = None,
+    ) -> PreTrainedModel:
         """Merges in memory.
+
+        Args:
+            data ([`CalibrationData`] or `dict`, *optional*): Samples by expert, for methods that need some: a
+                `datasets.Dataset`, a list of texts or images, a `DataLoader` or tensors for each.
+            callbacks (`list`, *optional*): [`~transformers.TrainerCallback`]s, for methods that train.
+            args ([`ProDistillArguments`], *optional*): Logging, precision and caches, for methods that need samples.
 
         Returns:
             [`~transformers.PreTrainedModel`]: Of the first expert's class, on the CPU, in evaluation mode. Where heads are kept per
@@ -155,15 +173,31 @@ class Merger(HubMixin):
         Raises:
             PlanError: The models cannot be merged; lists every reason.
         """
-        plan = self.check()
+        plan, engine = self._prepare(None, data, callbacks, args)
         groups = [SaveGroup([name], {name: info}, True) for name, info in plan.outputs.items()]
         sink = _StateDict()
-        self.report = StreamingEngine(plan, self.placement).run(groups, sink)
+        self.report = engine.run(groups, sink)
         generation_config = plan.target.generation_config
         self.model = assemble(
             plan.target.model_class, result_config(plan), sink.tensors, result_dtype(plan), generation_config
         )
         return self.model
+
+    def _prepare(
+        self, folder: Path | None, data: Any, callbacks: Sequence[Any] | None, args: Any
+    ) -> tuple[MergePlan, Engine]:
+        """Checks everything and chooses the engine."""
+        data = CalibrationData.of(data) if data is not None else None
+        problems = find_data_problems(self.plan, data, callbacks is not None or args is not None)
+        self._raise(self._problems(folder) + problems)
+        if data is None:
+            return self.plan, choose_engine(self.plan, self.placement)
+        from .training.monitor import engine_options
+
+        options = engine_options(args, callbacks)
+        if options.work_dir is None and folder is not None:
+            options.work_dir = work_folder_of(folder)
+        return self.plan, choose_engine(self.plan, self.placement, data, options)
 
     def model_for(self, task: str) -> PreTrainedModel:
         """The merged backbone under one expert's own head.
@@ -191,6 +225,9 @@ class Merger(HubMixin):
         self,
         save_directory: str | os.PathLike,
         *,
+        data: CalibrationData | Mapping[str, Any] | None = None,
+        callbacks: Sequence[Any] | None = None,
+        args: Any = None,
         max_shard_size: int | str = "5GB",
         push_to_hub: bool = False,
         repo_id: str | None = None,
@@ -203,6 +240,8 @@ class Merger(HubMixin):
 
         Args:
             save_directory (`str`): The folder; it must be absent or empty.
+            data, callbacks, args: As in [`~Merger.merge`], for methods that need samples. Finished blocks are kept in
+                `<folder>.work` until the folder is complete.
             max_shard_size (`int` or `str`): The largest weight file.
             push_to_hub (`bool`): Also upload the folder.
             repo_id (`str`, *optional*): Where to; the folder's name by default.
@@ -213,13 +252,19 @@ class Merger(HubMixin):
             OutputError: Writing failed; nothing is left behind.
         """
         folder = Path(save_directory)
-        plan = self.check(folder)
+        if self.model is not None:
+            if data is not None:
+                raise ConfigError("The models are merged already, the samples would not be used: leave 'data' out.")
+            plan, engine = self.check(folder), None
+        else:
+            plan, engine = self._prepare(folder, data, callbacks, args)
         target = plan.target
         groups = plan_saving(target.converter, target.layout, plan.outputs)
         layout = plan_layout({key: info for group in groups for key, info in group.disk.items()}, max_shard_size)
-        with OutputFolder(folder, layout, self._fingerprint(layout)) as output:
-            if self.model is None:
-                self.report = StreamingEngine(plan, self.placement).run(groups, output)
+        identity = engine.identity if engine is not None else str(uuid.uuid4())
+        with OutputFolder(folder, layout, self._fingerprint(layout, identity)) as output:
+            if engine is not None:
+                self.report = engine.run(groups, output)
             else:
                 self._write_model(groups, output)
             seal(plan, output, self.report)
@@ -233,7 +278,7 @@ class Merger(HubMixin):
             for key, tensor in on_disk(self.plan, group, merged).items():
                 output.write(key, tensor)
 
-    def _fingerprint(self, layout: CheckpointLayout) -> str:
+    def _fingerprint(self, layout: CheckpointLayout, identity: str) -> str:
         """Identifies recipe, inputs and layout: equal fingerprints give equal bytes, so finished shards can be kept."""
         content = [
             __version__,
@@ -241,7 +286,7 @@ class Merger(HubMixin):
             self.plan.to_dict()["parameters"],
             [source.fingerprint() for source in self.plan.sources],
             [[shard.filename, shard.nbytes] for shard in layout.shards],
-            str(uuid.uuid4()) if self.model is not None else "",
+            identity,
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -151,6 +151,34 @@ class Setting:
             return [value] * len(experts)
         return self._scalar(where, value, depth)
 
+    def resolve_first(
+        self, where: str, values: Sequence[Any], fallback: Any, depth: float, experts: Sequence[str]
+    ) -> Any:
+        """The value for one parameter from the values of several rules, the first of which wins.
+
+        A dictionary in `values` may name some experts only: the others take theirs from the next value.
+
+        Args:
+            where (`str`): The field's name, for messages.
+            values (`Sequence`): In order of precedence.
+            fallback: Where no value is left; complete.
+            depth (`float`), experts (`Sequence[str]`): As in [`~Setting.resolve`].
+        """
+        if self.scope != "expert":
+            return self.resolve(where, values[0] if values else fallback, depth, experts)
+        found: dict[str, Any] = {}
+        for value in values:
+            if isinstance(value, Mapping) and "gradient" not in value:
+                _known_names(where, value, experts)
+                found = {name: self._scalar(where, one, depth) for name, one in value.items()} | found
+            else:
+                fallback = value
+                break
+        if len(found) == len(experts):
+            return [found[name] for name in experts]
+        rest = self.resolve(where, fallback, depth, experts)
+        return [found.get(name, value) for name, value in zip(experts, rest, strict=True)]
+
     def _scalar(self, where: str, value: Any, depth: float) -> Any:
         if isinstance(value, Mapping):
             return self._interpolate([self._scalar(where, point, depth) for point in value["gradient"]], depth)
@@ -164,12 +192,16 @@ class Setting:
         return round(value) if self.type is int else value
 
 
-def _exact_names(where: str, value: Mapping, experts: Sequence[str]) -> Sequence[str]:
+def _known_names(where: str, value: Mapping, experts: Sequence[str]) -> None:
     for name in value:
         if name not in experts:
             raise ConfigError(
                 f"{where} names the expert '{name}', which is not one of {', '.join(experts)}.{suggest(name, experts)}"
             )
+
+
+def _exact_names(where: str, value: Mapping, experts: Sequence[str]) -> Sequence[str]:
+    _known_names(where, value, experts)
     missing = [name for name in experts if name not in value]
     if missing:
         raise ConfigError(f"{where} gives no value for the expert(s) {', '.join(missing)}: name every expert.")

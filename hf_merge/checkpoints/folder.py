@@ -24,7 +24,6 @@ from .layout import CheckpointLayout, ShardLayout
 
 
 _PROGRESS = "progress.json"
-_LOCK = "merge.lock"
 
 
 def check_output(folder: Path, nbytes: int) -> list[str]:
@@ -57,6 +56,11 @@ def partial_of(folder: Path) -> Path:
     return folder.with_name(folder.name + ".partial")
 
 
+def work_folder_of(folder: Path) -> Path:
+    """Where the finished blocks of an unfinished merge are."""
+    return folder.with_name(folder.name + ".work")
+
+
 class OutputFolder:
     """Writes a model folder atomically. Use as a context manager: an error inside removes what was written; a kill leaves
     finished shards, which the next run with the same fingerprint keeps.
@@ -79,7 +83,7 @@ class OutputFolder:
     def __enter__(self) -> Self:
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.partial / _LOCK)
+            self._lock = FileLock(self.partial.with_name(self.partial.name + ".lock"))
             self._lock.acquire(timeout=0)
             self._recover()
         except Timeout:
@@ -87,6 +91,7 @@ class OutputFolder:
                 f"Another process is writing '{self.partial}': wait for it, or choose another folder."
             ) from None
         except OSError as error:
+            self._unlock()
             raise _output_error(self.folder, error) from error
         return self
 
@@ -94,11 +99,15 @@ class OutputFolder:
         for file in self._open.values():
             file.close()
         self._open.clear()
-        sealed = not self.partial.exists()
-        if self._lock is not None:
-            self._lock.release()
-        if not sealed and isinstance(error, Exception):
+        if isinstance(error, Exception):
             shutil.rmtree(self.partial, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        """The lock lies beside the folder, so that it is held until the folder has been renamed or removed."""
+        if self._lock is not None and self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
 
     def _recover(self) -> None:
         record = self.partial / _PROGRESS
@@ -109,8 +118,6 @@ class OutputFolder:
             except (ValueError, AttributeError):
                 known = None
         for path in self.partial.iterdir():
-            if path.name == _LOCK:
-                continue
             shard = next((shard for shard in self.layout.shards if shard.filename == path.name), None)
             if known == self.fingerprint and shard is not None and path.stat().st_size == shard.nbytes:
                 self.finished.add(path.name)
@@ -163,16 +170,13 @@ class OutputFolder:
                 self.write_json("model.safetensors.index.json", index)
             (self.partial / _PROGRESS).unlink()
             for path in self.partial.rglob("*"):
-                if path.is_file() and path.name != _LOCK:
+                if path.is_file():
                     _sync(path)
             self._rename()
         except OSError as error:
             raise _output_error(self.folder, error) from error
 
     def _rename(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-            (self.partial / _LOCK).unlink(missing_ok=True)
         _sync(self.partial)
         if self.folder.is_dir():
             self.folder.rmdir()  # empty, or this raises

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 
 
+CHAT_TEMPLATE = "chat_template.jinja"
 PROCESSOR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -25,7 +26,7 @@ PROCESSOR_FILES = (
     "tokenizer.model",
     "tekken.json",
     "normalizer.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
     "preprocessor_config.json",
     "processor_config.json",
@@ -47,33 +48,61 @@ def processor_files(folder: Path) -> list[Path]:
     return files
 
 
+def chat_template_of(folder: Path) -> str | None:
+    """The (default) chat template of a model folder's tokenizer, as Jinja text; `None` when it has none.
+
+    Raises:
+        CheckpointError: A file is malformed.
+    """
+    try:
+        if (folder / CHAT_TEMPLATE).is_file():
+            return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+        if not (folder / "tokenizer_config.json").is_file():
+            return None
+        template = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+        if isinstance(template, list):  # several named ones
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"The chat template in '{folder}' cannot be read: {error!r}.") from error
+    return template if isinstance(template, str) else None
+
+
 def vocabulary_of(folder: Path) -> dict[str, int] | None:
     """Token -> id from the tokenizer's files, read without running its code; `None` when they hold no such table.
 
     Raises:
         CheckpointError: A file is malformed.
     """
-    try:
-        if (folder / "tokenizer.json").is_file():
-            return _fast_vocabulary(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
-        if (folder / "vocab.json").is_file():
-            vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-            return vocabulary if isinstance(vocabulary, dict) else None
-        if (folder / "vocab.txt").is_file():
-            lines = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
-            return {token: index for index, token in enumerate(lines)}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"The tokenizer files in '{folder}' cannot be read: {error!r}.") from error
+    for name, parse in _TABLES.items():
+        if not (folder / name).is_file():
+            continue
+        try:
+            return parse((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"'{folder / name}' is not a tokenizer's vocabulary: {error!r}.") from error
     return None
 
 
-def _fast_vocabulary(tokenizer: dict) -> dict[str, int] | None:
+def _fast_vocabulary(text: str) -> dict[str, int] | None:
+    tokenizer = json.loads(text)
     vocabulary = tokenizer["model"].get("vocab")
     if isinstance(vocabulary, list):  # Unigram: [[token, score], ...] in the order of the ids
         vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
     if not isinstance(vocabulary, dict):
         return None
     return vocabulary | {added["content"]: added["id"] for added in tokenizer.get("added_tokens") or ()}
+
+
+def _json_vocabulary(text: str) -> dict[str, int] | None:
+    vocabulary = json.loads(text)
+    return vocabulary if isinstance(vocabulary, dict) else None
+
+
+def _listed_vocabulary(text: str) -> dict[str, int]:
+    return {token: index for index, token in enumerate(text.splitlines())}
+
+
+_TABLES = {"tokenizer.json": _fast_vocabulary, "vocab.json": _json_vocabulary, "vocab.txt": _listed_vocabulary}
 
 
 def compare_vocabularies(first: dict[str, int], second: dict[str, int]) -> str | None:

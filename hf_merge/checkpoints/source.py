@@ -24,6 +24,10 @@ from .conversion import ConversionGroup, Converter, NameMap
 from .storage import StateDictStorage, Storage, TensorInfo, open_storage
 
 
+# What constructors of models raise on values that make no sense together.
+_BUILD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+
+
 @dataclass
 class ModelReference:
     """Where a model comes from, as a recipe says it.
@@ -103,8 +107,17 @@ class ModelSource:
 
     @cached_property
     def shell(self) -> PreTrainedModel:
-        """The model without weights."""
-        return build_shell(self.model_class, self.config, self.dtype)
+        """The model without weights.
+
+        Raises:
+            CheckpointError: No model can be built from the config.
+        """
+        try:
+            return build_shell(self.model_class, self.config, self.dtype)
+        except _BUILD_ERRORS as error:
+            raise CheckpointError(
+                f"{self}: no {self.model_class.__name__} can be built from its config.json ({type(error).__name__}: {error})."
+            ) from error
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -283,7 +296,7 @@ def load_config(folder: Path, where: str, trust_remote_code: bool = False) -> Pr
         raise CheckpointError(f"{where}: there is no config.json in '{folder}', so it is not a transformers model.")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         if "custom code" in str(error) and not trust_remote_code:
             raise UnsupportedModelError(

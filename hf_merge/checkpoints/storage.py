@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -209,10 +210,13 @@ _LOAD_ERRORS = (
     RuntimeError,
     EOFError,
     pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
     LookupError,
     ValueError,
     TypeError,
     AttributeError,
+    AssertionError,
 )
 
 
@@ -225,8 +229,15 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
             f"'{path}' cannot be loaded without executing code, or is damaged ({first}). Convert it to safetensors in an "
             "environment that you trust."
         ) from error
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in loaded.items()
+    ):
         raise CheckpointError(f"'{path}' is not a state dict: a mapping from names to tensors was expected.")
+    for key, value in loaded.items():
+        if value.dtype not in DTYPE_NAMES or value.layout is not torch.strided:
+            raise CheckpointError(
+                f"'{path}': '{key}' is a {value.layout} tensor of {value.dtype}, which cannot be merged."
+            )
     return dict(loaded)
 
 

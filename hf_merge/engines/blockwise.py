@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class BlockwiseEngine:
         self.cache = ActivationCache(
             self.options.cache, self.options.cache_limit, self.options.work_dir and self.options.work_dir.parent, dtype
         )
-        self.store = BlockStore(self.options.work_dir, self._fingerprint() if self.options.work_dir else "")
+        self.store = BlockStore(self.options.work_dir, self.identity)
 
     def run(self, groups: list[SaveGroup], sink: Sink) -> MergeReport:
         """Merges all blocks, then writes every group that the sink wants.
@@ -185,7 +186,7 @@ class BlockwiseEngine:
             settings=self.plan.config,
             activations=activations,
             monitor=self.options.monitor,
-            seed=self.plan.config.seed,
+            seed=self.plan.config.seed if self.options.seed is None else self.options.seed,
             accumulation=self.options.gradient_accumulation_steps,
         )
 
@@ -262,14 +263,16 @@ class BlockwiseEngine:
         self.report.parameters[name] = self.initial.report.parameters[name]
         return result
 
-    def _fingerprint(self) -> str:
+    @cached_property
+    def identity(self) -> str:
+        """Identifies what is computed: recipe, models, samples and precision."""
         content = [
             __version__,
             self.plan.config.to_dict(),
             self.plan.to_dict()["parameters"],
             [source.fingerprint() for source in self.plan.sources],
             self.samples.fingerprint(),
-            [self.options.bf16, self.options.gradient_accumulation_steps, self.options.cache_dtype],
+            [self.options.bf16, self.options.gradient_accumulation_steps, self.options.cache_dtype, self.options.seed],
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 

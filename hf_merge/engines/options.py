@@ -20,6 +20,7 @@ class EngineOptions:
         cache_limit (`int`, *optional*): Bytes of activations in memory; the rest goes to disk.
         cache_dtype (`str`, *optional*): `"bfloat16"` halves the activations that are kept.
         self_check (`bool`): Compare running block by block with a plain forward before the merge.
+        seed (`int`, *optional*): Of the order of the batches; the recipe's when not given.
         monitor ([`BlockMonitor`]): Is told about training.
     """
 
@@ -30,4 +31,5 @@ class EngineOptions:
     cache_limit: int | None = None
     cache_dtype: str | None = None
     self_check: bool = True
+    seed: int | None = None
     monitor: BlockMonitor = field(default_factory=BlockMonitor)

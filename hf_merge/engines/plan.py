@@ -338,11 +338,7 @@ def _decide(plan: MergePlan, name: str, found: list[str], base: str | None) -> P
         name, info.kind, info.depth, "merge", found, base, _result_info(plan, name, stored), config
     )
     origin = "base" if base is not None else plan.target.name
-    dtypes = {source.parameters[known].dtype for source, known in zip(plan.experts, found, strict=True)}
-    integers = info.kind is not ParameterKind.BUFFER and any(not dtype.is_floating_point for dtype in dtypes)
-    if integers or dtypes & set(_UNMERGEABLE):
-        listing = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        plan.problems.append(f"'{name}' is stored as {listing}, a quantised format: merge the original weights.")
+    plan.problems += _quantised_weights(plan, planned)
     if not stored.dtype.is_floating_point:
         planned.action, planned.copy_from, planned.reason = (
             "copy",
@@ -358,6 +354,18 @@ def _decide(plan: MergePlan, name: str, found: list[str], base: str | None) -> P
     else:
         _resolve(plan, planned)
     return planned
+
+
+def _quantised_weights(plan: MergePlan, planned: PlannedParameter) -> list[str]:
+    """The experts that store a weight in a format that is no floating-point number to compute with."""
+    is_buffer = planned.kind is ParameterKind.BUFFER
+    found = []
+    for source, name in zip(plan.experts, planned.experts, strict=True):
+        dtype = source.parameters[name].dtype
+        if dtype in _UNMERGEABLE or not (dtype.is_floating_point or is_buffer):
+            dtype_name = str(dtype).removeprefix("torch.")
+            found.append(f"{source} stores '{name}' as {dtype_name}, a quantised format: merge the original weights.")
+    return found
 
 
 def _resolve(plan: MergePlan, planned: PlannedParameter) -> None:

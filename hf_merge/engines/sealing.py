@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..card import model_card
 from ..checkpoints.folder import OutputFolder
-from ..checkpoints.processors import processor_files
+from ..checkpoints.processors import CHAT_TEMPLATE, chat_template_of, processor_files
 from ..checkpoints.source import ModelSource
 from ..checkpoints.storage import SAFE_WEIGHTS
 from ..config import CONFIG_NAME
@@ -99,12 +100,16 @@ def processor_source(plan: MergePlan) -> ModelSource | None:
     """The model whose tokenizer or processor files are copied; `None` when there are none.
 
     Raises:
-        ConfigError: The recipe's `tokenizer` names a model that is not part of the merge, or has no such files.
+        ConfigError: The recipe's `tokenizer` names a model that is not part of the merge, or has no such files; or no model has
+            any, and there is a `chat_template`.
     """
     wanted = plan.config.tokenizer
     candidates = {source.name: source for source in plan.sources}
     if wanted is None:
-        return next((s for s in candidates.values() if s.folder is not None and processor_files(s.folder)), None)
+        found = next((s for s in candidates.values() if s.folder is not None and processor_files(s.folder)), None)
+        if found is None and plan.config.chat_template is not None:
+            raise ConfigError("chat_template: none of the models has a tokenizer that it could belong to.")
+        return found
     if wanted not in candidates:
         raise ConfigError(f"tokenizer='{wanted}' is none of the models of this merge: {', '.join(candidates)}.")
     source = candidates[wanted]
@@ -124,3 +129,15 @@ def _copy_processors(plan: MergePlan, folder: Path) -> None:
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.folder / path, target)
+    template = _chat_template(plan)
+    if template is not None:
+        (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+
+
+def _chat_template(plan: MergePlan) -> str | None:
+    """The chat template that replaces the copied tokenizer's, or `None`."""
+    if plan.config.chat_template != "auto":
+        return plan.config.chat_template
+    folders = [source.folder for source in plan.sources if source.folder is not None]
+    templates = Counter(template.strip() for folder in folders if (template := chat_template_of(folder)))
+    return templates.most_common(1)[0][0] if templates else None

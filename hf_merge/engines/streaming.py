@@ -6,7 +6,6 @@ The engine knows no formulas and the methods know no files.
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,6 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoints.conversion import SaveGroup
-from ..config import MergeConfig
 from ..errors import NonFiniteError
 from ..methods.base import TensorGroup, TensorMethod
 from ..registry import get_merge_method
@@ -75,10 +73,15 @@ class Loaded:
 class StreamingEngine:
     """Runs a plan of data-free methods.
 
+    **Attributes**:
+        - **identity** (`str`) -- What the result depends on beside the plan: nothing.
+
     Args:
         plan ([`MergePlan`]): A checked plan.
         placement ([`Placement`]): Where the arithmetic of each parameter is done.
     """
+
+    identity = ""
 
     def __init__(self, plan: MergePlan, placement: Placement):
         self.plan = plan
@@ -268,6 +271,10 @@ def progress(total: int, phase: str) -> tqdm:
 
 
 def peak_memory_bytes() -> int:
-    """The peak resident set of this process."""
+    """The peak resident set of this process; 0 where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

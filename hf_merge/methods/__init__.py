@@ -17,7 +17,9 @@ from .nearswap import NearSwap, NearSwapConfig
 from .nuslerp import NuSlerp, NuSlerpConfig
 from .passthrough import Passthrough, PassthroughConfig
 from .pcb import Pcb, PcbConfig
+from .prodistill import ProDistill, ProDistillConfig
 from .ram import Ram, RamConfig
+from .regmean import RegMean, RegMeanConfig, RegMeanPlusPlus, RegMeanPlusPlusConfig
 from .sce import Sce, SceConfig
 from .slerp import Slerp, SlerpConfig
 from .svc import Svc, SvcConfig
@@ -65,8 +67,14 @@ __all__ = [
     "PassthroughConfig",
     "Pcb",
     "PcbConfig",
+    "ProDistill",
+    "ProDistillConfig",
     "Ram",
     "RamConfig",
+    "RegMean",
+    "RegMeanConfig",
+    "RegMeanPlusPlus",
+    "RegMeanPlusPlusConfig",
     "Sce",
     "SceConfig",
     "Slerp",

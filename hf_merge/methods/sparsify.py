@@ -16,6 +16,7 @@ from ..config import MergeConfig
 from ..settings import setting
 from .base import TensorGroup, TensorMethod
 from .linear.method import normalizer
+from .spherical import l1_norm
 
 
 SparseVector = Callable[[int], Tensor]
@@ -75,6 +76,17 @@ def weighted_sum(sparse: SparseVector, weights: Sequence[float]) -> Tensor:
     for index in range(1, len(weights)):
         total.add_(sparse(index), alpha=weights[index])
     return total
+
+
+def restore_norm(sparse: Tensor, norm: float) -> Tensor:
+    """Scales a sparse task vector, in place, to the L1 norm that the whole one had; mergekit's rescaling of sparse task vectors.
+
+    Args:
+        sparse (`torch.Tensor`): What is left.
+        norm (`float`): Σ |τ| before entries were dropped.
+    """
+    left = l1_norm(sparse)
+    return sparse.mul_(norm / left) if left > 0.0 else sparse
 
 
 def elect_positive(sparse: SparseVector, weights: Sequence[float], majority_sign: str) -> Tensor:

@@ -26,6 +26,12 @@ def dot(first: Tensor, second: Tensor) -> float:
     return float(torch.stack(parts).sum()) if parts else 0.0
 
 
+def l1_norm(values: Tensor) -> float:
+    """Σ |x| of a tensor, in float64."""
+    parts = [_sum(part.double().abs_()) for part in values.reshape(-1).split(_CHUNK)]
+    return float(torch.stack(parts).sum()) if parts else 0.0
+
+
 def row_dots(first: Tensor, second: Tensor) -> Tensor:
     """⟨x_r, y_r⟩ of each row of two matrices (rows, entries): float64, (rows, 1)."""
     if first.shape[0] == 1:

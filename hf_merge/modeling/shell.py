@@ -54,7 +54,11 @@ def model_class_of(config: PretrainedConfig, where: str, trust_remote_code: bool
     names = getattr(config, "architectures", None) or []
     auto_map = getattr(config, "auto_map", None) or {}
     remote = next((reference for key, reference in auto_map.items() if key.startswith("AutoModel")), None)
-    if names and isinstance(names[0], str):
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise UnsupportedModelError(
+            f"{where}: 'architectures' in config.json must be a list of class names, got {names!r}."
+        )
+    if names:
         found = getattr(transformers, names[0], None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found

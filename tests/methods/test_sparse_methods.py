@@ -61,9 +61,8 @@ def test_without_normalize_the_sparse_vectors_are_added(config_cls, combination:
 @every_config
 def test_density_zero_gives_the_base_and_density_one_the_expert(config_cls, combination: str, shape):
     base, experts = random_models(shape, 1)
-    changes = {"gamma": 0.0} if config_cls is BreadcrumbsConfig else {}
     nothing = merge(config_cls(density=0.0, combination=combination), base, experts)
-    everything = merge(config_cls(density=1.0, combination=combination, **changes), base, experts)
+    everything = merge(config_cls(density=1.0, combination=combination), base, experts)
     assert torch.equal(nothing, base)
     torch.testing.assert_close(everything, experts[0])
 
@@ -98,6 +97,31 @@ def test_the_expected_task_vector_is_the_original(config_cls):
     torch.testing.assert_close(mean, experts[0] - base, rtol=0.15, atol=1e-4)
 
 
+NORM = [
+    DareConfig(density=0.3, rescale="norm"),
+    DellaConfig(density=0.3, rescale="norm"),
+    BreadcrumbsConfig(density=0.3, rescale="norm"),
+]
+
+
+@pytest.mark.parametrize("config", NORM, ids=lambda config: config.merge_type)
+@pytest.mark.parametrize("shape", [(40, 50), (30, 1), (1,), (4, 3, 2, 2)])
+def test_rescaling_to_the_norm_keeps_the_l1_norm_of_each_parameter(config, shape):
+    base, experts = random_models(shape, 2)
+    plain = sparse_vectors(dataclasses.replace(config, rescale="none"), base, experts)
+    for index, sparse in enumerate(sparse_vectors(config, base, experts)):
+        vector = dense_task_vectors(base, experts)[index]
+        kept = plain[index].double()
+        factor = vector.abs().sum() / kept.abs().sum() if kept.any() else 1.0
+        torch.testing.assert_close(sparse, (kept * factor).float())
+
+
+@pytest.mark.parametrize("config", NORM, ids=lambda config: config.merge_type)
+def test_rescaling_a_parameter_that_did_not_change_gives_the_base(config):
+    base, _ = random_models((5, 6), 1)
+    assert torch.equal(merge(config, base, [base, base]), base)
+
+
 # -- DARE -------------------------------------------------------------------------------------------------------------
 
 
@@ -106,7 +130,7 @@ def test_dare_divides_by_the_density_and_not_by_the_share_of_the_norm_that_is_le
     sparse = sparse_vectors(DareConfig(density=0.1), base, experts)[0]
     kept = sparse != 0
     torch.testing.assert_close(sparse[kept], ((experts[0] - base) / 0.1)[kept])
-    plain = sparse_vectors(DareConfig(density=0.1, rescale=False), base, experts)[0]
+    plain = sparse_vectors(DareConfig(density=0.1, rescale="none"), base, experts)[0]
     torch.testing.assert_close(plain[kept], (experts[0] - base)[kept])
 
 
@@ -186,8 +210,9 @@ def test_della_without_a_range_is_dare():
 def test_breadcrumbs_leaves_out_outliers_and_small_entries(density: float, gamma: float):
     base, experts = random_models((20, 50), 1)
     vector = dense_task_vectors(base, experts)[0]
-    outliers, kept = round(gamma * 1000), round(density * 1000)
-    expected = dense_trim(vector, min(1000, outliers + kept)) - dense_trim(vector, outliers)
+    kept = round(density * 1000)
+    outliers = min(round(gamma * 1000), 1000 - kept)
+    expected = dense_trim(vector, outliers + kept) - dense_trim(vector, outliers)
     found = sparse_vectors(BreadcrumbsConfig(density=density, gamma=gamma), base, experts)[0]
     torch.testing.assert_close(found, expected.float())
 

@@ -15,7 +15,9 @@ class BreadcrumbsConfig(SparseMergeConfig):
 
     Args:
         density (`float`): The fraction of the entries of each task vector that are kept, the largest ones below the outliers.
-        gamma (`float`): The fraction of largest entries that are dropped as outliers.
+        gamma (`float`): The fraction of largest entries that are dropped as outliers; fewer are where `density` + `gamma` > 1.
+        rescale (`str`): `"norm"`: what is kept is scaled to the L1 norm that the whole task vector of the parameter had, which
+            mergekit can do. `"none"`: it stays as it is.
         scaling, weights, normalize, combination, majority_sign: See [`SparseMergeConfig`].
     """
 
@@ -26,4 +28,7 @@ class BreadcrumbsConfig(SparseMergeConfig):
     )
     gamma: float = setting(
         0.01, "Fraction of largest entries that are dropped.", minimum=0.0, maximum=1.0, scope="expert"
+    )
+    rescale: str = setting(
+        "none", "Scale what is kept to the L1 'norm' of the whole, or 'none'.", choices=("none", "norm")
     )

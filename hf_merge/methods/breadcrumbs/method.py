@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..base import TensorGroup
 from ..selection import count_kept, largest_mask
-from ..sparsify import SparseMethod
+from ..sparsify import SparseMethod, restore_norm
+from ..spherical import l1_norm
 
 
 class Breadcrumbs(SparseMethod):
@@ -18,10 +19,12 @@ class Breadcrumbs(SparseMethod):
         density, gamma = group.settings.density[index], group.settings.gamma[index]
         vector = group.task_vector(index)
         size = vector.numel()
-        # Rounded down and up: a parameter with fewer than 1/γ entries has no outliers, and never loses all of them.
-        outliers = math.floor(gamma * size * (1 + 1e-12))
         kept = count_kept(density, size)
-        mask = largest_mask(vector, min(size, outliers + kept))
+        # Rounded down and up: a parameter with fewer than 1/γ entries has no outliers, and never loses all of them.
+        outliers = min(size - kept, math.floor(gamma * size * (1 + 1e-12)))
+        mask = largest_mask(vector, outliers + kept)
         if outliers:
             mask ^= largest_mask(vector, outliers)
-        return vector.mul_(mask)
+        if group.settings.rescale == "none":
+            return vector.mul_(mask)
+        return restore_norm(vector.mul_(mask), l1_norm(group.task_vector(index)))

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..base import ParameterKind, TensorGroup
 from ..rows import as_rows, from_rows
-from ..sparsify import SparseMethod
+from ..sparsify import SparseMethod, restore_norm
+from ..spherical import l1_norm
 
 
 _CHUNK = 1 << 22  # entries ranked at a time: ranks are int64, and an embedding's would not fit the memory law
@@ -23,8 +24,13 @@ class Della(SparseMethod):
             return group.task_vector(index).mul_(density)
         vector = group.task_vector(index)
         keep = keep_probabilities(vector, group.kind, density, settings.epsilon[index])
+        norm = l1_norm(vector) if settings.rescale == "norm" else 0.0
         vector.mul_(group.keep_mask(index, keep))
-        return vector.div_(keep.clamp_(min=torch.finfo(keep.dtype).tiny)) if settings.rescale else vector
+        if settings.rescale == "norm":
+            return restore_norm(vector, norm)
+        if settings.rescale == "probability":
+            vector.div_(keep.clamp_(min=torch.finfo(keep.dtype).tiny))
+        return vector
 
 
 def keep_probabilities(vector: Tensor, kind: ParameterKind, density: float, epsilon: float) -> Tensor:

@@ -15,8 +15,10 @@ class MultiSlerpConfig(MergeConfig):
 
     Args:
         weights (`float`): The weight w_i of each expert.
+        normalize (`bool`): Divide the weights by their sum.
     """
 
     merge_type: ClassVar[str] = "multislerp"
 
     weights: float = setting(1.0, "Weight of each expert.", scope="expert")
+    normalize: bool = setting(True, "Divide the weights by their sum.")

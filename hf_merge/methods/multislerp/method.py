@@ -23,8 +23,11 @@ class MultiSlerp(TensorMethod):
 
     def merge(self, group: TensorGroup) -> Tensor:
         vector = group.expert if group.base is None else group.task_vector
-        total = normalizer(group.settings.weights, group.name)
-        merged = combine(vector, self._coefficients(vector, [weight / total for weight in group.settings.weights]))
+        weights = group.settings.weights
+        if group.settings.normalize:
+            total = normalizer(weights, group.name)
+            weights = [weight / total for weight in weights]
+        merged = combine(vector, self._coefficients(vector, weights))
         return merged if group.base is None else merged.add_(group.base)
 
     @staticmethod

@@ -18,6 +18,8 @@ class TiesConfig(MergeConfig):
         scaling (`float`): The scaling coefficient λ of the merged task vector.
         weights (`float`): The weight w_i of each expert, in the election and in the mean.
         merge (`str`): How the experts that agree with the elected sign are merged: `"mean"` (weighted by |w_i|) or `"sum"`.
+        rescale (`str`): `"norm"`: each trimmed task vector is scaled to the L1 norm that it had in the parameter before, which
+            mergekit can do. `"none"`: it stays as it is, as in the paper.
         scope (`str`): Where the density applies: to each parameter (`"tensor"`), or to all merged parameters of the model
             together, as in the paper (`"model"`; reads the weights three times).
         majority_sign (`str`): Elect by the sum of the values (`"total"`) or of the signs (`"frequency"`).
@@ -31,6 +33,9 @@ class TiesConfig(MergeConfig):
     scaling: float = setting(1.0, "Scaling coefficient of the merged task vector.")
     weights: float = setting(1.0, "Weight of each expert.", scope="expert")
     merge: str = setting("mean", "How experts that agree are merged: 'mean' or 'sum'.", choices=("mean", "sum"))
+    rescale: str = setting(
+        "none", "Scale what is kept to the L1 'norm' of the whole, or 'none'.", choices=("none", "norm")
+    )
     scope: str = setting(
         "tensor",
         "The density applies to each parameter ('tensor') or to all together ('model').",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..base import TensorGroup
-from ..sparsify import disjoint_merge, elect_positive
+from ..sparsify import disjoint_merge, elect_positive, restore_norm
+from ..spherical import l1_norm
 from ..trimming import TrimmingMethod
 
 
@@ -17,7 +18,8 @@ class Ties(TrimmingMethod):
         cuts = [self.cut(group, index) for index in range(len(group))]
 
         def trimmed(index: int) -> Tensor:
-            return self.trim(group, index, cuts[index])
+            vector = self.trim(group, index, cuts[index])
+            return vector if settings.rescale == "none" else restore_norm(vector, l1_norm(group.task_vector(index)))
 
         positive = elect_positive(trimmed, settings.weights, settings.majority_sign)
         merged = disjoint_merge(trimmed, settings.weights, positive, mean=settings.merge == "mean")

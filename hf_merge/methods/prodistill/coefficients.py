@@ -1,0 +1,89 @@
+"""The trained coefficients of one block: θ(α) = θ_init + Σ_i (α_i − α_init) ∘ τ_i.
+
+Autograd runs through the merged weights only. The gradient of a coefficient follows from that of the weight,
+∂L/∂α_i = (∂L/∂θ) ∘ τ_i, summed over the entries that share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..base import TensorGroup
+
+
+@dataclass
+class _Trained:
+    """One parameter: δ = α − α_init, τ stacked over the experts, θ_init, and the leaf that runs in the block."""
+
+    weight: nn.Parameter
+    start: Tensor
+    vectors: Tensor
+    delta: Tensor
+
+
+class Coefficients:
+    """The coefficients of a block.
+
+    Args:
+        module (`torch.nn.Module`): The block; its parameters hold θ_init and are changed in place by [`~Coefficients.apply`].
+        groups (`Mapping[str, TensorGroup]`): The parameters to train, by name within the block.
+        granularity (`str`): `"element"`, `"tensor"` or `"task"`.
+    """
+
+    def __init__(self, module: nn.Module, groups: Mapping[str, TensorGroup], granularity: str):
+        self._trained: list[_Trained] = []
+        shared: Tensor | None = None
+        for name, group in groups.items():
+            weight = module.get_parameter(name)
+            vectors = torch.stack([vector.to(weight.dtype) for vector in group.task_vectors()])
+            if not bool(vectors.any()):
+                continue
+            if granularity == "element":
+                delta = torch.zeros_like(vectors)
+            elif granularity == "tensor":
+                delta = torch.zeros(len(group), device=weight.device)
+            else:
+                shared = delta = torch.zeros(len(group), device=weight.device) if shared is None else shared
+            weight.requires_grad_(True)
+            self._trained.append(_Trained(weight, weight.detach().clone(), vectors, delta))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The coefficients δ, each once, for an optimizer."""
+        unique = {id(one.delta): one.delta for one in self._trained}
+        return [delta.requires_grad_(True) for delta in unique.values()]
+
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        """Turns the gradients of the weights into those of the coefficients, and clears the former."""
+        for delta in self.tensors:
+            delta.grad = torch.zeros_like(delta) if delta.grad is None else delta.grad.zero_()
+        for one in self._trained:
+            if one.weight.grad is None:
+                continue
+            if one.delta.shape == one.vectors.shape:
+                torch.mul(one.vectors, one.weight.grad, out=one.delta.grad)
+            else:
+                one.delta.grad.add_((one.vectors * one.weight.grad).flatten(1).sum(1))
+            one.weight.grad = None
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Writes θ(α) into the block."""
+        for one in self._trained:
+            one.weight.copy_(one.start)
+            if one.delta.shape != one.vectors.shape:
+                one.weight.add_(torch.tensordot(one.delta, one.vectors, 1))
+                continue
+            for delta, vector in zip(one.delta, one.vectors, strict=True):
+                one.weight.addcmul_(delta, vector)
+
+    def freeze(self) -> None:
+        """Ends training."""
+        for one in self._trained:
+            one.weight.requires_grad_(False)
+            one.weight.grad = None

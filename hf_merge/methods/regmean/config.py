@@ -1,0 +1,35 @@
+"""Settings of RegMean and RegMean++."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...settings import setting
+from ..block_config import BlockMethodConfig
+
+
+@dataclass
+class RegMeanConfig(BlockMethodConfig):
+    """RegMean (arXiv 2212.09849): each linear layer is the least-squares fit to the outputs of all experts.
+
+    Args:
+        alpha (`float`): The factor on the off-diagonal entries of the Gram matrices: 1 is least squares as it is, smaller values
+            pull towards a mean that is weighted by feature. One value, or a gradient over depth.
+        ridge (`float`): Added to the diagonal of the summed Gram matrices, relative to its mean.
+        normalize (`bool`): Divide each task's Gram matrix by its number of tokens, so that tasks with longer samples do not weigh
+            more.
+    """
+
+    merge_type: ClassVar[str] = "regmean"
+
+    alpha: float = setting(0.95, "Factor on the off-diagonal entries of the Gram matrices.", minimum=0, maximum=1)
+    ridge: float = setting(1e-6, "Ridge, relative to the mean of the diagonal.", minimum=0)
+    normalize: bool = setting(True, "Divide each task's Gram matrix by its number of tokens.")
+
+
+@dataclass
+class RegMeanPlusPlusConfig(RegMeanConfig):
+    """RegMean++ (arXiv 2508.03121): RegMean on the inputs that the already merged blocks produce."""
+
+    merge_type: ClassVar[str] = "regmean_pp"

@@ -1,0 +1,1 @@
+"""The side of transformers' training loop: arguments, callbacks and their state."""
