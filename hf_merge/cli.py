@@ -28,7 +28,8 @@ app = typer.Typer(
 Recipe = Annotated[
     Path | None,
     typer.Argument(
-        help="A recipe: a merge_config.json, a YAML or JSON file, or a folder with one.", show_default=False
+        help="A recipe: a merge_config.json, a YAML or JSON file (mergekit's too), or a folder with one.",
+        show_default=False,
     ),
 ]
 Experts = Annotated[
@@ -209,15 +210,18 @@ def _read_recipe(recipe: Path) -> dict[str, Any]:
     import yaml
 
     from .config import CONFIG_NAME
+    from .interop.mergekit import is_mergekit, translate
 
     path = recipe / CONFIG_NAME if recipe.is_dir() else recipe
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        documents = [one for one in yaml.safe_load_all(path.read_text(encoding="utf-8")) if one is not None]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"Cannot read the recipe '{path}': {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
+    if is_mergekit(documents):
+        return translate(documents).to_dict()
+    if len(documents) != 1 or not isinstance(documents[0], dict):
         raise ConfigError(f"The recipe '{path}' must be a mapping with the key 'merge_type'.")
-    return data
+    return documents[0]
 
 
 def _experts(values: list[str]) -> dict[str, str] | list[str]:

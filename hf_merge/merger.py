@@ -27,10 +27,10 @@ from .checkpoints.layout import CheckpointLayout, plan_layout
 from .checkpoints.source import ModelSource
 from .config import MergeConfig
 from .data.calibration import CalibrationData
-from .engines.choice import Engine, choose_engine, find_data_problems
+from .engines.choice import Engine, choose_engine, find_data_problems, plan_merge
 from .engines.opening import Opening
 from .engines.placement import Placement
-from .engines.plan import MergePlan, build_plan
+from .engines.plan import MergePlan
 from .engines.sealing import head_tensors, processor_source, result_config, result_dtype, seal
 from .engines.streaming import MergeReport, on_disk
 from .errors import ConfigError, PlanError, suggest
@@ -119,7 +119,7 @@ class Merger(HubMixin):
     @cached_property
     def plan(self) -> MergePlan:
         """What will happen, with the problems found; see [`~Merger.check`]."""
-        plan = build_plan(self.config, self.experts, self.base)
+        plan = plan_merge(self.config, self.experts, self.base)
         try:
             processor_source(plan)
         except ConfigError as error:
@@ -216,8 +216,10 @@ class Merger(HubMixin):
         if head is None:
             return copy.deepcopy(model)
         source = self.experts[names.index(task)]
+        tensors = head_tensors(source, head)
+        source = head.model or source
         state = transfer_backbone(self.plan.target.anatomy, source.anatomy, model.state_dict())
-        return assemble(source.model_class, source.config, state | head_tensors(source, head), result_dtype(self.plan))
+        return assemble(source.model_class, source.config, state | tensors, result_dtype(self.plan))
 
     # -- saving ---------------------------------------------------------------------------------------------------
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError, suggest
 from .batching import Batch, Sample, make_batches
+from .labels import read_label
 from .samples import TaskModel, read_rows, to_samples
+
+
+Augmentation = Callable[[int, dict[str, Tensor], np.random.Generator], dict[str, Tensor]]
 
 
 class CalibrationData:
@@ -29,6 +34,9 @@ class CalibrationData:
         columns (`str`, `list[str]` or `dict`, *optional*): The column with the text or image; two columns for pairs of texts. A
             dictionary when the tasks differ.
         max_length (`int`, *optional*): Texts are cut to this many tokens.
+        augment (`Callable`, *optional*): Changes every batch of training, for methods that train a whole backbone:
+            `augment(task, arguments, generator) -> arguments`, with the number of the task, the tensors of a forward, and a numpy
+            generator. Fresh masks for a masked language model, flips and shifts for images.
 
     Raises:
         ConfigError: A task has no samples.
@@ -48,6 +56,7 @@ class CalibrationData:
         processor: Any = None,
         columns: str | Sequence[str] | Mapping[str, Any] | None = None,
         max_length: int | None = None,
+        augment: Augmentation | None = None,
     ):
         if not isinstance(samples, Mapping) or not samples:
             raise ConfigError(
@@ -61,6 +70,7 @@ class CalibrationData:
         self.processor = processor
         self.columns = columns
         self.max_length = max_length
+        self.augment = augment
 
     @classmethod
     def of(cls, data: CalibrationData | Mapping[str, Any]) -> CalibrationData:
@@ -128,6 +138,29 @@ class TaskSamples:
             make_batches(samples, batch_size, padding)
             for samples, padding in zip(self.samples, self._paddings, strict=True)
         ]
+
+    @property
+    def paddings(self) -> list[dict[str, int]]:
+        """What each argument is padded with, by expert."""
+        return self._paddings
+
+    def labelled(self, configs: Sequence[Any]) -> TaskSamples:
+        """The same samples with their labels as the argument `labels`, -100 where it is padded.
+
+        Args:
+            configs (`Sequence[PretrainedConfig]`): Of the experts, in order; they know the names of classes.
+
+        Raises:
+            ConfigError: A sample has no label, or one that its expert does not know.
+        """
+        samples = [
+            [
+                {**sample, "labels": read_label(label, task, index, config)}
+                for index, (sample, label) in enumerate(zip(rows, labels, strict=True))
+            ]
+            for rows, (task, labels), config in zip(self.samples, self.labels.items(), configs, strict=True)
+        ]
+        return TaskSamples(samples, self.labels, [padding | {"labels": -100} for padding in self._paddings])
 
     def fingerprint(self) -> str:
         """Identifies the samples."""

@@ -8,14 +8,12 @@ merged without data first.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,6 @@ from ..checkpoints.conversion import SaveGroup
 from ..checkpoints.source import ModelSource
 from ..data.cache import ActivationCache, CachedTensor
 from ..data.calibration import CalibrationData
-from ..data.samples import TaskModel
 from ..errors import NonFiniteError, UnsupportedModelError
 from ..methods.base import TensorGroup
 from ..methods.block_base import BlockActivations, BlockGroup, BlockInputs, BlockMethod
@@ -34,32 +31,11 @@ from ..modeling.reentry import main_output
 from ..registry import get_merge_method
 from .block_runner import BlockRunner, Key, open_runner
 from .block_store import BlockStore
+from .calibrated import initial_plan, is_left_to_method, parameter_row, task_model
 from .options import EngineOptions
 from .placement import Placement
-from .plan import MergePlan, PlannedParameter, build_plan
+from .plan import MergePlan, PlannedParameter
 from .streaming import MergeReport, Sink, StreamingEngine, on_disk, peak_memory_bytes
-
-
-def initial_plan(plan: MergePlan) -> MergePlan:
-    """The plan of the merge without data that a block-wise merge starts from. Parameters that the recipe does not leave to the
-    block-wise method are planned as in `plan`.
-
-    Args:
-        plan ([`MergePlan`]): Of the block-wise merge.
-    """
-    initial = build_plan(plan.config.initial_config(), plan.experts, plan.base)
-    by_name = {parameter.name: parameter for parameter in initial.parameters}
-    initial.parameters = [
-        replace(by_name[p.name] if is_left_to_method(plan, p) and p.name in by_name else p, then=[])
-        for p in plan.parameters
-    ]
-    initial.problems = [problem for problem in initial.problems if problem not in plan.problems]
-    return initial
-
-
-def is_left_to_method(plan: MergePlan, parameter: PlannedParameter) -> bool:
-    """Whether the recipe's own method merges a parameter, not a rule's and not a copy."""
-    return parameter.action == "merge" and parameter.settings.merge_type == plan.config.merge_type
 
 
 class BlockwiseEngine:
@@ -83,7 +59,7 @@ class BlockwiseEngine:
         self.report = MergeReport(dropped=[vars(entry) for entry in plan.dropped], notes=list(plan.notes))
         self._by_name = {parameter.name: parameter for parameter in plan.parameters}
         self._outside: dict[str, Tensor] = {}
-        self.samples = data.load([_task_model(source) for source in plan.experts])
+        self.samples = data.load([task_model(source) for source in plan.experts])
         dtype = getattr(torch, self.options.cache_dtype) if self.options.cache_dtype else None
         self.cache = ActivationCache(
             self.options.cache, self.options.cache_limit, self.options.work_dir and self.options.work_dir.parent, dtype
@@ -185,6 +161,7 @@ class BlockwiseEngine:
             expert_names=names,
             settings=self.plan.config,
             activations=activations,
+            depth=max((self._by_name[group.name].depth for group in parameters.values()), default=0.0),
             monitor=self.options.monitor,
             seed=self.plan.config.seed if self.options.seed is None else self.options.seed,
             accumulation=self.options.gradient_accumulation_steps,
@@ -201,7 +178,7 @@ class BlockwiseEngine:
             value = self.initial.follow(planned, student.detach())
             merged[parameter.name] = self._rounded(planned, value)
             student.copy_(merged[parameter.name])
-            rows[parameter.name] = _row(planned, parameter, value)
+            rows[parameter.name] = parameter_row(planned, parameter, value)
         report = {"block": group.report, "parameters": rows}
         self.store.put(group.name, merged, report)
         self._note(group.name, report)
@@ -428,36 +405,3 @@ def _translation(
     """The blocks of the merged model by name -> those of an expert, whose class may be another over the same backbone."""
     theirs = {source.anatomy.canonical(name): name for name in runner.reentry.blocks}
     return {name: theirs[target.anatomy.canonical(name)] for name in student.reentry.blocks}
-
-
-def _row(planned: PlannedParameter, group: TensorGroup, merged: Tensor) -> dict[str, Any]:
-    row: dict[str, Any] = {"kind": planned.kind.value, "action": planned.action, "method": planned.settings.merge_type}
-    row["norm"] = float(torch.linalg.vector_norm(merged))
-    if group.base is not None:
-        row["task_vector_norm"] = float(torch.linalg.vector_norm(merged - group.base))
-    return row | group.report
-
-
-def _task_model(source: ModelSource) -> TaskModel:
-    arguments = frozenset(inspect.signature(source.model_class.forward).parameters) - {"self", "labels", "use_cache"}
-    return TaskModel(
-        task=source.name,
-        config=source.config,
-        arguments=arguments,
-        main_input=source.shell.main_input_name,
-        positions=_positions(source),
-        folder=Path(source.folder) if source.folder is not None else None,
-    )
-
-
-def _positions(source: ModelSource) -> int | None:
-    """How many tokens the model can take; tables of positions of RoBERTa and its relatives begin behind the padding index."""
-    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
-    for path, module in source.shell.named_modules():
-        if (
-            isinstance(module, nn.Embedding)
-            and path.endswith("position_embeddings")
-            and module.padding_idx is not None
-        ):
-            return module.num_embeddings - module.padding_idx - 1
-    return limit if isinstance(limit, int) and limit > 0 else None

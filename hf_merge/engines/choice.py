@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from ..checkpoints.conversion import SaveGroup
+from ..checkpoints.source import ModelSource
+from ..config import MergeConfig
 from ..data.calibration import CalibrationData
+from ..methods.backbone_base import BackboneMethod
 from ..methods.base import TensorMethod
 from ..methods.block_base import BlockMethod
+from ..methods.model_base import ModelMethod
 from ..registry import get_merge_method
-from .blockwise import BlockwiseEngine, initial_plan
+from .backbone_plan import build_backbone_plan
+from .backbones import BackboneEngine
+from .blockwise import BlockwiseEngine
+from .calibrated import initial_plan
+from .end_to_end import EndToEndEngine
 from .options import EngineOptions
 from .placement import Placement
-from .plan import MergePlan
+from .plan import MergePlan, build_plan
 from .streaming import MergeReport, Sink, StreamingEngine
 
 
@@ -26,6 +35,19 @@ class Engine(Protocol):
     identity: str
 
     def run(self, groups: list[SaveGroup], sink: Sink) -> MergeReport: ...
+
+
+def plan_merge(config: MergeConfig, experts: Sequence[ModelSource], base: ModelSource | None) -> MergePlan:
+    """The plan of a merge, made for the engine that its method needs.
+
+    Args:
+        config ([`MergeConfig`]): The recipe.
+        experts (`Sequence[ModelSource]`): The experts.
+        base ([`ModelSource`], *optional*): The base model.
+    """
+    method = get_merge_method(config.merge_type).method_cls
+    build = build_backbone_plan if issubclass(method, BackboneMethod) else build_plan
+    return build(config, experts, base)
 
 
 def find_data_problems(plan: MergePlan, data: CalibrationData | None, has_options: bool = False) -> list[str]:
@@ -56,7 +78,7 @@ def find_data_problems(plan: MergePlan, data: CalibrationData | None, has_option
         )
     else:
         problems += data.problems([source.name for source in plan.experts])
-    if issubclass(method, BlockMethod) and not plan.problems:
+    if issubclass(method, (BlockMethod, ModelMethod)) and not plan.problems:
         problems += initial_plan(plan).problems
     return problems
 
@@ -75,6 +97,10 @@ def choose_engine(
     method = get_merge_method(plan.config.merge_type).method_cls
     if issubclass(method, BlockMethod):
         return BlockwiseEngine(plan, placement, data, options)
+    if issubclass(method, ModelMethod):
+        return EndToEndEngine(plan, placement, data, options)
+    if issubclass(method, BackboneMethod):
+        return BackboneEngine(plan, placement, data, options)
     if issubclass(method, TensorMethod):
         return StreamingEngine(plan, placement)
     raise NotImplementedError(f"{method.__name__} follows none of the contracts of hf_merge.methods")

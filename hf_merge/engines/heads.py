@@ -19,11 +19,15 @@ class HeadPlan:
         task (`str`): The expert's name.
         names (`list[str]`): Its parameters, by module name.
         outputs (`dict[str, TensorInfo]`): Shape and dtype to save them in.
+        model ([`ModelSource`], *optional*): The result under this head, where its config is not the expert's own.
+        values (`dict[str, torch.Tensor]`, *optional*): What an engine made of the head; the expert's own when `None`.
     """
 
     task: str
     names: list[str]
     outputs: dict[str, TensorInfo]
+    model: ModelSource | None = None
+    values: dict[str, torch.Tensor] | None = None
 
 
 @dataclass

@@ -92,6 +92,7 @@ class MergePlan:
         dropped (`list[Dropped]`): Stored tensors that are not used.
         notes (`list[str]`): What a careful user wants to know.
         problems (`list[str]`): What prevents the merge.
+        merged ([`ModelSource`], *optional*): The result's class, config and parameters, where they are not the first expert's.
     """
 
     config: MergeConfig
@@ -102,11 +103,12 @@ class MergePlan:
     dropped: list[Dropped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    merged: ModelSource | None = None
 
     @property
     def target(self) -> ModelSource:
-        """The model whose class, config and file layout the result has: the first expert."""
-        return self.experts[0]
+        """The model whose class, config and file layout the result has: the first expert, unless the merge changes its shapes."""
+        return self.experts[0] if self.merged is None else self.merged
 
     @property
     def sources(self) -> list[ModelSource]:

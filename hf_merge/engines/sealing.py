@@ -41,7 +41,7 @@ def seal(plan: MergePlan, output: OutputFolder, report: MergeReport) -> None:
     _save_generation_config(plan, folder)
     for task, head in plan.heads.items():
         source = next(source for source in plan.experts if source.name == task)
-        _save_head(source, head_tensors(source, head), folder / HEADS_FOLDER / task)
+        _save_head(head.model or source, head_tensors(source, head), folder / HEADS_FOLDER / task)
     _copy_processors(plan, folder)
     recipe = plan.resolved_recipe()
     (folder / CONFIG_NAME).write_text(recipe.to_json_string(), encoding="utf-8")
@@ -74,6 +74,8 @@ def result_config(plan: MergePlan) -> Any:
 
 def head_tensors(source: ModelSource, head: Any) -> dict[str, Tensor]:
     """A task's head by module name, in its output dtype."""
+    if head.values is not None:
+        return {name: head.values[name].to(info.dtype) for name, info in head.outputs.items()}
     return {name: source.read(name).to(info.dtype) for name, info in head.outputs.items()}
 
 

@@ -1,16 +1,21 @@
 """The merge methods: WHAT is computed. One folder per method or close family; importing one registers it."""
 
 from .ace import Ace, AceConfig
+from .adamerging import AdaMerging, AdaMergingConfig, AdaMergingPlusPlus, AdaMergingPlusPlusConfig
 from .arcee_fusion import ArceeFusion, ArceeFusionConfig
 from .breadcrumbs import Breadcrumbs, BreadcrumbsConfig
 from .consensus_ta import ConsensusTa, ConsensusTaConfig
 from .dare import Dare, DareConfig
 from .della import Della, DellaConfig
+from .direct_train import DirectTrain, DirectTrainConfig
+from .distill_merge import DirectDistill, DirectDistillConfig, DistillMerge, DistillMergeConfig
+from .fisher import Fisher, FisherConfig
 from .isotropic import IsoC, IsoCConfig, IsoCts, IsoCtsConfig
 from .karcher import Karcher, KarcherConfig
 from .linear import LinearConfig, LinearMerge
 from .localize_and_stitch import LocalizeAndStitch, LocalizeAndStitchConfig
 from .magmax import MagMax, MagMaxConfig
+from .mats import Mats, MatsConfig
 from .model_stock import ModelStock, ModelStockConfig
 from .multislerp import MultiSlerp, MultiSlerpConfig
 from .nearswap import NearSwap, NearSwapConfig
@@ -33,6 +38,10 @@ from .wudi import Wudi, WudiConfig, merge_low_rank
 __all__ = [
     "Ace",
     "AceConfig",
+    "AdaMerging",
+    "AdaMergingConfig",
+    "AdaMergingPlusPlus",
+    "AdaMergingPlusPlusConfig",
     "ArceeFusion",
     "ArceeFusionConfig",
     "Breadcrumbs",
@@ -43,6 +52,14 @@ __all__ = [
     "DareConfig",
     "Della",
     "DellaConfig",
+    "DirectDistill",
+    "DirectDistillConfig",
+    "DirectTrain",
+    "DirectTrainConfig",
+    "DistillMerge",
+    "DistillMergeConfig",
+    "Fisher",
+    "FisherConfig",
     "IsoC",
     "IsoCConfig",
     "IsoCts",
@@ -55,6 +72,8 @@ __all__ = [
     "LocalizeAndStitchConfig",
     "MagMax",
     "MagMaxConfig",
+    "Mats",
+    "MatsConfig",
     "ModelStock",
     "ModelStockConfig",
     "MultiSlerp",

@@ -7,7 +7,7 @@ device map, a cache or a file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +19,12 @@ from .base import MergeMethod, TensorGroup, keyed_generator
 
 class BlockMonitor:
     """Is told how the training of a block proceeds. This one does nothing; an engine hands in one that logs."""
+
+    def begin(self, blocks: int) -> None:
+        """A merge begins, in which so many blocks are trained."""
+
+    def end(self) -> None:
+        """The merge has ended."""
 
     def begin_block(
         self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer, epochs: int, steps: int
@@ -107,6 +113,7 @@ class BlockGroup:
         parameters (`dict[str, TensorGroup]`): What the method merges, by name within the block.
         expert_names (`tuple[str]`): The experts' names.
         settings ([`MergeConfig`]): The recipe.
+        depth (`float`): 0 at the input, 1 at the output of the model.
         activations ([`BlockActivations`]): Of the calibration samples.
         monitor ([`BlockMonitor`]): Is told about training.
         seed (`int`): Of the order of the batches.
@@ -121,6 +128,7 @@ class BlockGroup:
     expert_names: tuple[str, ...]
     settings: Any
     activations: BlockActivations
+    depth: float = 0.0
     monitor: BlockMonitor = field(default_factory=BlockMonitor)
     seed: int = 0
     accumulation: int = 1
@@ -128,6 +136,14 @@ class BlockGroup:
 
     def __len__(self) -> int:
         return len(self.expert_names)
+
+    def under(self, settings: Any) -> BlockGroup:
+        """The same block under another recipe."""
+        parameters = {
+            name: replace(group, settings=settings.resolve(group.name, self.depth, self.expert_names))
+            for name, group in self.parameters.items()
+        }
+        return replace(self, settings=settings, parameters=parameters)
 
     @torch.no_grad()
     def assign(self, name: str, value: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ..config import MergeConfig
 from ..errors import ConfigError
@@ -22,6 +22,9 @@ class BlockMethodConfig(MergeConfig):
         batch_size (`int`): Calibration samples that run together.
     """
 
+    accepts_block_methods: ClassVar[bool] = False
+    """Whether `init` may name a method that merges blocks from data, which then gives each block its start."""
+
     init: Any = field(
         default="linear", metadata={"help": "Method or recipe for the start and for what is outside of blocks."}
     )
@@ -31,33 +34,28 @@ class BlockMethodConfig(MergeConfig):
         super().__post_init__()
         self.initial_config()
 
-    def initial_config(self) -> MergeConfig:
+    def start_config(self) -> MergeConfig:
         """The recipe of `init`, with this recipe's choice of parameters, heads and seed."""
         if not isinstance(self.init, (str, Mapping)):
             raise ConfigError(
                 f"{type(self).__name__}.init must be the name of a method or a recipe (a dictionary), got {self.init!r}."
             )
         recipe = {"merge_type": self.init} if isinstance(self.init, str) else dict(self.init)
-        common = {
-            "include": self.include,
-            "exclude": self.exclude,
-            "heads": self.heads,
-            "seed": self.seed,
-            "dtype": self.dtype,
-        }
-        config = MergeConfig.from_dict(
-            common | self.initial_settings(recipe) | recipe, origin=f"{type(self).__name__}.init"
-        )
-        self._check_initial(config)
-        return config
+        common = {key: getattr(self, key) for key in ("include", "exclude", "heads", "seed", "dtype")}
+        origin = f"{type(self).__name__}.init"
+        return MergeConfig.from_dict(common | self.start_settings(recipe) | recipe, origin=origin)
 
-    def initial_settings(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    def initial_config(self) -> MergeConfig:
+        """The recipe without data at the bottom of `init`: for everything that is outside of blocks."""
+        start = self.start_config()
+        if not get_merge_method(start.merge_type).method_cls.requires_data:
+            return start
+        if self.accepts_block_methods and isinstance(start, BlockMethodConfig):
+            return start.initial_config()
+        raise ConfigError(
+            f"{type(self).__name__}.init names '{start.merge_type}', which needs data itself: use a method without data."
+        )
+
+    def start_settings(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
         """Settings of the method of `init` that follow from this recipe."""
         return {}
-
-    def _check_initial(self, config: MergeConfig) -> None:
-        method = get_merge_method(config.merge_type).method_cls
-        if method.requires_data:
-            raise ConfigError(
-                f"{type(self).__name__}.init names '{config.merge_type}', which needs data itself: use a method without data."
-            )

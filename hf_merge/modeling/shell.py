@@ -116,12 +116,14 @@ class Anatomy:
             for name in [*module._parameters, *module._buffers]
         }
         depths = self._depths(list(owners))
+        poolers = _poolers(self.shell)
         infos = {}
         for name, tensor in self.shell.state_dict(keep_vars=True).items():
             module, leaf = owners.get(name, (None, name))
             is_output = id(module) in self._output_modules
             outside = bool(self.backbone_prefix) and not name.startswith(self.backbone_prefix)
-            kind = ParameterKind.HEAD if outside or is_output else _kind(module, leaf, tensor)
+            is_readout = outside or is_output or name.startswith(poolers)
+            kind = ParameterKind.HEAD if is_readout else _kind(module, leaf, tensor)
             if not isinstance(tensor, nn.Parameter):
                 kind = ParameterKind.BUFFER
             infos[name] = ParameterInfo(

@@ -70,7 +70,7 @@ def literal_svc(merged, vectors, alpha):
     return left @ torch.diag(values * torch.tensor(factors, dtype=values.dtype)) @ right
 
 
-def literal_ace(vectors, ridge=1.0, heterogeneity=1.0, fraction=0.3):
+def literal_ace(vectors, ridge=1e-3, heterogeneity=1.0, fraction=0.3):
     n, inp = len(vectors), vectors.shape[2]
     identity, ones = torch.eye(inp, dtype=vectors.dtype), torch.ones(inp, inp, dtype=vectors.dtype)
     heterogeneous = vectors.square().sum((1, 2)).log().var() > heterogeneity

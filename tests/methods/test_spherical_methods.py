@@ -188,6 +188,13 @@ def test_multislerp_works_on_task_vectors_when_there_is_a_base():
     torch.testing.assert_close(merge(MultiSlerpConfig(), base, experts), expected)
 
 
+def test_multislerp_without_normalize_takes_the_weights_as_they_are():
+    base, (first, second) = random_models((20, 30), 2)
+    normalized = merge(MultiSlerpConfig(weights=[1.0, 3.0]), base, [first, second])
+    plain = merge(MultiSlerpConfig(weights=[1.0, 3.0], normalize=False), base, [first, second])
+    torch.testing.assert_close(plain - base, 4 * (normalized - base), rtol=1e-4, atol=1e-5)
+
+
 def test_multislerp_is_the_mean_direction():
     experts = unrelated(count=3)
     direction = sum(weight * expert / norm(expert) for weight, expert in zip((0.5, 0.2, 0.3), experts, strict=True))

@@ -40,6 +40,15 @@ def test_density_one_keeps_everything_and_density_zero_nothing():
     torch.testing.assert_close(merge(TiesConfig(density=1.0), base, experts[:1]), experts[0])
 
 
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_rescaling_to_the_norm_keeps_the_l1_norm(scope: str):
+    base, (expert,) = random_models((20, 30), 1)
+    config = TiesConfig(density=0.3, rescale="norm", scope=scope)
+    (merged,) = merge_groups(config, [make_group(config, base, [expert])])
+    plain = oracle(base, [expert], density=0.3) - base
+    torch.testing.assert_close(merged - base, plain * (expert - base).abs().sum() / plain.abs().sum())
+
+
 def test_a_parameter_of_one_entry_is_not_lost():
     merged = merge(TiesConfig(density=0.2), torch.tensor([1.0]), [torch.tensor([3.0]), torch.tensor([5.0])])
     assert merged.item() == 4.0

@@ -22,6 +22,6 @@ class AceConfig(LinearLayersConfig):
 
     merge_type: ClassVar[str] = "ace"
 
-    ridge: float = setting(1.0, "Ridge, relative to the mean eigenvalue of the covariances.", above=0)
+    ridge: float = setting(1e-3, "Ridge, relative to the mean eigenvalue of the covariances.", above=0)
     heterogeneity: float = setting(1.0, "Variance of ln ‖T_i‖² above which a layer is refined.", minimum=0)
     refined_fraction: float = setting(0.3, "Part of the singular directions that are refined.", minimum=0, maximum=1)

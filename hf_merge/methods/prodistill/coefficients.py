@@ -19,6 +19,7 @@ from ..base import TensorGroup
 class _Trained:
     """One parameter: δ = α − α_init, τ stacked over the experts, θ_init, and the leaf that runs in the block."""
 
+    name: str
     weight: nn.Parameter
     start: Tensor
     vectors: Tensor
@@ -49,13 +50,17 @@ class Coefficients:
             else:
                 shared = delta = torch.zeros(len(group), device=weight.device) if shared is None else shared
             weight.requires_grad_(True)
-            self._trained.append(_Trained(weight, weight.detach().clone(), vectors, delta))
+            self._trained.append(_Trained(name, weight, weight.detach().clone(), vectors, delta))
 
     @property
     def tensors(self) -> list[Tensor]:
         """The coefficients δ, each once, for an optimizer."""
         unique = {id(one.delta): one.delta for one in self._trained}
         return [delta.requires_grad_(True) for delta in unique.values()]
+
+    def by_name(self) -> dict[str, Tensor]:
+        """The coefficients δ of each parameter that has some; parameters may share them."""
+        return {one.name: one.delta.detach() for one in self._trained}
 
     @torch.no_grad()
     def collect_gradients(self) -> None:

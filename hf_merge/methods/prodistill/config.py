@@ -18,8 +18,8 @@ class ProDistillConfig(BlockMethodConfig):
     Trained are coefficients on the task vectors: θ(α) = θ_init + Σ_i (α_i − α_init) ∘ τ_i.
 
     Args:
-        init (`str` or `dict`): The merge without data that training starts from: the paper's `"task_arithmetic"`, `"wudi"`, or
-            any recipe.
+        init (`str` or `dict`): The merge that training starts from: the paper's `"task_arithmetic"`, `"wudi"`, any recipe
+            without data, or `"regmean_pp"`, which then merges each block before it is trained.
         init_scale (`float`): The coefficient of `init="task_arithmetic"`; 0.5 suits two experts.
         epochs (`int`): Passes over the samples, for each block.
         learning_rate (`float`): Of Adam, on the coefficients.
@@ -37,9 +37,10 @@ class ProDistillConfig(BlockMethodConfig):
     """
 
     merge_type: ClassVar[str] = "prodistill"
+    accepts_block_methods: ClassVar[bool] = True
 
     init: Any = field(
-        default="task_arithmetic", metadata={"help": "Method or recipe without data that training starts from."}
+        default="task_arithmetic", metadata={"help": "Method or recipe that training starts from."}
     )
     init_scale: float = setting(0.3, "Coefficient of init='task_arithmetic'.", scope="merge")
     epochs: int = setting(50, "Passes over the samples, for each block.", minimum=1, scope="merge")
@@ -68,5 +69,5 @@ class ProDistillConfig(BlockMethodConfig):
         1e-3, "The part of the best loss that counts as progress.", minimum=0, scope="merge"
     )
 
-    def initial_settings(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    def start_settings(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
         return {"scaling": self.init_scale} if recipe.get("merge_type") == "task_arithmetic" else {}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...registry import get_merge_method
 from ..block_base import BlockGroup, BlockInputs, BlockMethod
 from .coefficients import Coefficients
 from .config import ProDistillConfig
@@ -29,6 +30,10 @@ class ProDistill(BlockMethod):
         return set(sorted(known, key=known.__getitem__)[: settings.skip_blocks])
 
     def merge_block(self, block: BlockGroup) -> None:
+        start = block.settings.start_config()
+        method = get_merge_method(start.merge_type).method_cls
+        if issubclass(method, BlockMethod):
+            method().merge_block(block.under(start))
         for task in range(len(block)):
             block.run_teacher(task)
         coefficients = Coefficients(block.student, block.parameters, block.settings.granularity)

@@ -30,6 +30,22 @@ class RegMeanConfig(BlockMethodConfig):
 
 @dataclass
 class RegMeanPlusPlusConfig(RegMeanConfig):
-    """RegMean++ (arXiv 2508.03121): RegMean on the inputs that the already merged blocks produce."""
+    """RegMean++ (arXiv 2508.03121): RegMean on the inputs that the already merged blocks produce.
+
+    Args:
+        targets (`str`): What a merged layer is fitted to. `"own"`: what each expert's layer gives on the expert's own inputs, layer
+            after layer; this corrects the errors of the layers before. `"merged"`: what each expert's layer gives on the merged
+            model's inputs (the paper).
+        alpha, ridge: As in [`RegMeanConfig`]; the ridge pulls towards the value that `init` gives.
+    """
 
     merge_type: ClassVar[str] = "regmean_pp"
+
+    targets: str = setting(
+        "own",
+        "Fit to the experts' outputs on their 'own' inputs, or on the 'merged' ones.",
+        choices=("own", "merged"),
+        scope="merge",
+    )
+    alpha: float = setting(1.0, "Factor on the off-diagonal entries of the Gram matrices.", minimum=0, maximum=1)
+    ridge: float = setting(1e-2, "Ridge, relative to the mean of the diagonal.", minimum=0)

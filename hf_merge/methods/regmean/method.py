@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,16 @@ from torch import Tensor
 from ...errors import NonFiniteError
 from ..base import LINEAR_KINDS, ParameterKind, TensorGroup
 from ..block_base import BlockGroup, BlockMethod
-from .gram import EXPERT_KINDS, Gram, GramCollector
+from .fitting import fit_layers
+from .gram import Gram, GramCollector
+from .products import EXPERT_KINDS
+
+
+Known = tuple[Tensor, float] | None
+"""The Gram matrix of one linear layer and its number of tokens; `None` where the layer was not seen."""
+
+Solve = Callable[[TensorGroup, Sequence[Tensor], Sequence[Known], Tensor], Tensor]
+"""Merges one linear layer: `(group, weights of the experts, Gram matrices, start)`."""
 
 
 class RegMean(BlockMethod):
@@ -25,8 +35,13 @@ class RegMean(BlockMethod):
             known = [one.get(name) for one in grams]
             if all(gram is None for gram in known):
                 continue  # no product with this weight was seen: it keeps the value of init
-            block.assign(name, _merge(group, known))
+            start = block.student.get_parameter(name).detach()
+            block.assign(name, merge_layer(group, known, start, self.solve))
             group.report["regmean_tokens"] = sum(float(gram.count.sum()) for gram in known if gram is not None)
+
+    def solve(self, group: TensorGroup, weights: Sequence[Tensor], grams: Sequence[Known], start: Tensor) -> Tensor:
+        """The merged weight of one linear layer, (out, in), from the experts' and the value that `init` gives."""
+        return solve_closed(group, weights, grams)
 
     def grams_of(self, block: BlockGroup, task: int, groups: dict[str, TensorGroup]) -> dict[str, Gram]:
         """The Gram matrices of one task, by parameter."""
@@ -38,64 +53,98 @@ class RegMean(BlockMethod):
 
 
 class RegMeanPlusPlus(RegMean):
-    """RegMean with the inputs that the already merged blocks produce, run through each expert's block (arXiv 2508.03121)."""
+    """RegMean with the inputs that the already merged blocks produce (arXiv 2508.03121)."""
 
     reads_student = True
-    reads_teachers = False
+
+    def merge_block(self, block: BlockGroup) -> None:
+        fitted = fit_layers(block) if block.settings.targets == "own" else []
+        left = {name: group for name, group in block.parameters.items() if name not in fitted}
+        super().merge_block(replace(block, parameters=left))
 
     def grams_of(self, block: BlockGroup, task: int, groups: dict[str, TensorGroup]) -> dict[str, Gram]:
         collector = GramCollector(block.experts[task], groups)
-        for inputs in block.student_inputs(task):
+        for inputs in block.student_inputs(task) if groups else ():
             with collector.observing(inputs):
                 block.activations.run(block.experts[task], inputs)
         return collector.grams
 
 
-def _merge(group: TensorGroup, grams: Sequence[Gram | None]) -> Tensor:
-    """One parameter: a linear layer, or the stacked ones of a mixture."""
+def merge_layer(group: TensorGroup, grams: Sequence[Gram | None], start: Tensor, solve: Solve) -> Tensor:
+    """One parameter: a linear layer, or the stacked ones of a mixture.
+
+    Args:
+        group ([`TensorGroup`]): The parameter.
+        grams (`Sequence[Gram]`): Of each task; `None` where no product with the weight was seen.
+        start (`torch.Tensor`): The value that `init` gives.
+        solve (`Callable`): Merges one linear layer.
+    """
     transposed = group.kind in (ParameterKind.TRANSPOSED_LINEAR, ParameterKind.TRANSPOSED_EXPERT_LINEAR)
     weights = [expert.mT if transposed else expert for expert in group.experts()]
-    if group.kind in EXPERT_KINDS:
-        merged = torch.stack([_merge_slice(group, weights, grams, index) for index in range(group.shape[0])])
+    start = start.mT if transposed else start
+    if group.kind not in EXPERT_KINDS:
+        merged = solve(group, weights, [None if g is None else (g.matrix, float(g.count)) for g in grams], start)
     else:
-        merged = _solve(group, weights, [None if g is None else (g.matrix, float(g.count)) for g in grams])
+        merged = torch.stack(
+            [
+                solve(group, [weight[index] for weight in weights], _known(grams, index), start[index])
+                for index in range(group.shape[0])
+            ]
+        )
     return merged.mT if transposed else merged
 
 
-def _merge_slice(group: TensorGroup, weights: Sequence[Tensor], grams: Sequence[Gram | None], index: int) -> Tensor:
-    known = [None if gram is None else (gram.matrix[index], float(gram.count[index])) for gram in grams]
-    return _solve(group, [weight[index] for weight in weights], known)
+def _known(grams: Sequence[Gram | None], index: int) -> list[Known]:
+    return [None if gram is None else (gram.matrix[index], float(gram.count[index])) for gram in grams]
 
 
-def _solve(group: TensorGroup, weights: Sequence[Tensor], grams: Sequence[tuple[Tensor, float] | None]) -> Tensor:
-    """(Σ W_i G̃_i)(Σ G̃_i + ρ I)⁻¹, G̃_i = G_i with its off-diagonal entries scaled by alpha.  W_i: (out, in).
+def normal_equations(
+    group: TensorGroup, weights: Sequence[Tensor], grams: Sequence[Known], center: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """A = Σ G̃_i and B = Σ (W_i − C) G̃_i, G̃_i = G_i with its off-diagonal entries scaled by alpha: the merged weight is C + B A⁻¹.
+
+    Args:
+        group ([`TensorGroup`]): Its settings are a [`RegMeanConfig`].
+        weights (`Sequence[torch.Tensor]`): W_i, (out, in).
+        grams (`Sequence`): `(G_i, number of tokens)` of each task.
+        center (`torch.Tensor`): C, (out, in). What all experts share with it is exact, however A is solved.
+
+    Returns:
+        `tuple` or `None`: A (in, in) and B (out, in), float64 where the device has it; `None` when there is no token.
+    """
+    settings = group.settings
+    seen = [(weight, *gram) for weight, gram in zip(weights, grams, strict=True) if gram is not None and gram[1] > 0]
+    if not seen:
+        return None
+    total = torch.zeros_like(seen[0][1])
+    right = torch.zeros(center.shape, dtype=total.dtype, device=total.device)
+    for weight, matrix, count in seen:
+        scaled = matrix * settings.alpha
+        scaled.diagonal().copy_(matrix.diagonal())
+        if settings.normalize:
+            scaled /= count
+        total += scaled
+        right += (weight - center).to(total.dtype) @ scaled
+    if not torch.isfinite(total).all():
+        raise NonFiniteError(f"The inputs of '{group.name}' hold NaN or infinity for some calibration sample.")
+    return total, right
+
+
+def solve_closed(group: TensorGroup, weights: Sequence[Tensor], grams: Sequence[Known]) -> Tensor:
+    """(Σ W_i G̃_i)(Σ G̃_i + ρ I)⁻¹ by Cholesky.  W_i: (out, in).
 
     The ridge pulls towards the mean of the experts, so that directions that no token has get it.
     """
-    settings = group.settings
     mean = sum(weights) / len(weights)
-    if not any(gram is not None and gram[1] > 0 for gram in grams):
+    system = normal_equations(group, weights, grams, mean)
+    if system is None:
         return mean
-    width = mean.shape[1]
-    total = torch.zeros(
-        width, width, dtype=next(gram[0].dtype for gram in grams if gram is not None), device=mean.device
-    )
-    right = torch.zeros(mean.shape, dtype=total.dtype, device=mean.device)
-    for weight, gram in zip(weights, grams, strict=True):
-        if gram is None or gram[1] == 0:
-            continue
-        scaled = gram[0] * settings.alpha
-        scaled.diagonal().copy_(gram[0].diagonal())
-        if settings.normalize:
-            scaled /= gram[1]
-        total += scaled
-        # Relative to the mean: what all experts share is exact, whatever the ridge does.
-        right += (weight - mean).to(total.dtype) @ scaled
+    total, right = system
     diagonal = float(total.diagonal().mean())
     if not torch.isfinite(total).all():
         raise NonFiniteError(f"The inputs of '{group.name}' hold NaN or infinity for some calibration sample.")
     if diagonal == 0:
         return mean
-    total.diagonal().add_(max(settings.ridge, 1e-12) * diagonal)
+    total.diagonal().add_(max(group.settings.ridge, 1e-12) * diagonal)
     factor = torch.linalg.cholesky(total)
     return mean + torch.cholesky_solve(right.mT, factor).mT.to(mean.dtype)

@@ -1,0 +1,1 @@
+"""Recipes of other tools, translated into hf_merge's."""

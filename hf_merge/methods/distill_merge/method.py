@@ -1,0 +1,67 @@
+"""Distillation of the experts' last hidden states through the whole model: the baselines of ProDistill (arXiv 2502.12706)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..model_base import ModelGroup, ModelInputs, ModelMethod
+from ..model_outputs import run_hidden
+from ..model_training import ModelTraining
+from ..prodistill.coefficients import Coefficients
+from ..prodistill.losses import cosine_distance, spread, squared_error
+
+
+class DistillMerge(ModelMethod):
+    """min_α Σ_i Σ_{x ∈ D_i} ‖h(x; α) − h_i(x)‖² with θ(α) = θ_init + Σ_i (α_i − α_init) ∘ τ_i and h the last hidden states."""
+
+    requires_base = True
+
+    def merge(self, group: ModelGroup) -> None:
+        loss = HiddenLoss(group)
+        coefficients = Coefficients(group.model, group.parameters, group.settings.granularity)
+        if coefficients.tensors:
+            training = ModelTraining(
+                group, coefficients.tensors, loss, coefficients.collect_gradients, coefficients.apply
+            )
+            training.run()
+        coefficients.freeze()
+
+
+class DirectDistill(ModelMethod):
+    """min_θ Σ_i Σ_{x ∈ D_i} ‖h(x; θ) − h_i(x)‖², from the merged start."""
+
+    def merge(self, group: ModelGroup) -> None:
+        loss = HiddenLoss(group)
+        weights = [weight.requires_grad_(True) for weight in group.weights().values()]
+        ModelTraining(group, weights, loss).run()
+
+
+class HiddenLoss:
+    """The distance of the merged model's last hidden states from the experts', which are computed once.
+
+    Args:
+        group ([`ModelGroup`]): Its settings are a [`DistillationConfig`].
+    """
+
+    def __init__(self, group: ModelGroup):
+        self.models = group.models
+        self.settings = group.settings
+        self.distance = cosine_distance if group.settings.loss == "cosine" else squared_error
+        self.targets = [self._targets(task) for task in range(len(group))]
+        self.scales = [spread(targets) if group.settings.loss == "relative" else 1.0 for targets in self.targets]
+
+    @torch.no_grad()
+    def _targets(self, task: int) -> list[Tensor]:
+        """The expert's last hidden states of every batch, (tokens, channels) on the CPU."""
+        with self.models.expert(task) as expert:
+            batches = [self.models.inputs(task, index) for index in range(self.models.batches[task])]
+            return [self._rows(inputs, run_hidden(self.models, expert, inputs)).cpu() for inputs in batches]
+
+    def __call__(self, task: int, index: int) -> Tensor:
+        inputs = self.models.inputs(task, index)
+        output = self._rows(inputs, run_hidden(self.models, self.models.student(task), inputs))
+        return self.distance(output, self.targets[task][index].to(output.device)) / self.scales[task]
+
+    def _rows(self, inputs: ModelInputs, hidden: Tensor) -> Tensor:
+        return inputs.masked(hidden) if self.settings.mask_padding else hidden.reshape(-1, hidden.shape[-1])
