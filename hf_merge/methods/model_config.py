@@ -21,7 +21,9 @@ class ModelTrainingConfig(BlockMethodConfig):
         epochs (`int`): Passes over the samples.
         learning_rate (`float`): Of Adam.
         lr_scheduler (`str`): `"constant"`, or `"cosine"` to zero.
-        adam_beta1, adam_beta2, adam_epsilon (`float`): Adam's other constants.
+        adam_beta1 (`float`): The decay of Adam's first moment.
+        adam_beta2 (`float`): The decay of Adam's second moment.
+        adam_epsilon (`float`): Added to Adam's denominator.
     """
 
     init: Any = field(

@@ -163,6 +163,14 @@ class Anatomy:
         return depths
 
 
+def _poolers(shell: PreTrainedModel) -> tuple[str, ...]:
+    """The prefixes of poolers. They belong to the readout: BERT's pooler does what the first layer of RoBERTa's head does, and
+    merging it as one of the backbone's linear layers costs accuracy."""
+    return tuple(
+        f"{path}." for path, module in shell.named_modules() if type(module).__name__.endswith("Pooler") and path
+    )
+
+
 def output_embeddings(shell: PreTrainedModel) -> nn.Module | None:
     """The module that turns hidden states into logits over the vocabulary, where a model has one."""
     try:
