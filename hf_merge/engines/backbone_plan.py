@@ -56,9 +56,7 @@ class _Shapes(Storage):
         raise CheckpointError(f"'{key}' is not merged yet and cannot be read.")
 
 
-def build_backbone_plan(
-    config: MergeConfig, experts: Sequence[ModelSource], base: ModelSource | None
-) -> MergePlan:
+def build_backbone_plan(config: MergeConfig, experts: Sequence[ModelSource], base: ModelSource | None) -> MergePlan:
     """Plans a merge by a [`BackboneMethod`] from the headers of its models.
 
     Args:
@@ -75,7 +73,9 @@ def build_backbone_plan(
         plan.problems += _refusals(source)
     plan.problems += _differences(plan.experts, method.changes_width)
     if config.heads not in ("auto", "per_task"):
-        plan.problems.append(f"heads='{config.heads}' is not possible: every head is kept, with the map to its features folded in.")
+        plan.problems.append(
+            f"heads='{config.heads}' is not possible: every head is kept, with the map to its features folded in."
+        )
     if plan.problems:
         return plan
     width = getattr(config, "merged_width", None) or plan.experts[0].config.hidden_size
@@ -94,15 +94,23 @@ def _refusals(source: ModelSource) -> list[str]:
     config = source.config
     found = []
     if source.quantization is not None:
-        found.append(f"{source} is quantised ({source.quantization}): merge the original weights and quantise the result.")
+        found.append(
+            f"{source} is quantised ({source.quantization}): merge the original weights and quantise the result."
+        )
     if getattr(config, "is_encoder_decoder", False):
-        found.append(f"{source} is an encoder-decoder, whose two stacks have no common residual stream: it cannot be folded.")
+        found.append(
+            f"{source} is an encoder-decoder, whose two stacks have no common residual stream: it cannot be folded."
+        )
     elif not isinstance(getattr(config, "hidden_size", None), int):
-        found.append(f"{source}: its config has no single 'hidden_size', the width of a residual stream: it cannot be folded.")
+        found.append(
+            f"{source}: its config has no single 'hidden_size', the width of a residual stream: it cannot be folded."
+        )
     if any(info.kind in _MIXTURES for info in source.anatomy.parameters.values()):
         found.append(f"{source} is a mixture of experts, whose routing is not linear: it cannot be folded.")
     if source.names.unexpected:
-        found.append(f"{source} stores tensors that {source.model_class.__name__} does not have, such as '{source.names.unexpected[0]}'.")
+        found.append(
+            f"{source} stores tensors that {source.model_class.__name__} does not have, such as '{source.names.unexpected[0]}'."
+        )
     return found
 
 
@@ -125,7 +133,9 @@ def _differences(experts: Sequence[ModelSource], may_differ_in_width: bool) -> l
         for key in keys:
             values = [getattr(config, key, None) for config in (ours, theirs)]
             if values[0] != values[1]:
-                found.append(f"'{key}' is {values[0]!r} in {first} and {values[1]!r} in {other}: it has to be the same.")
+                found.append(
+                    f"'{key}' is {values[0]!r} in {first} and {values[1]!r} in {other}: it has to be the same."
+                )
         found += _token_differences(first, other)
         names = [_backbone_names(source) for source in (first, other)]
         alone = sorted(names[0] ^ names[1])

@@ -24,6 +24,7 @@ from ..data.batching import collate
 from ..data.calibration import CalibrationData
 from ..errors import NonFiniteError
 from ..methods.backbone_base import BackboneGroup, BackboneMethod, FeatureSource, FeatureTap, OutputMap
+from ..modeling.heads import find_attention, find_elementwise
 from ..modeling.topology import backbone_of, example_inputs, trace
 from ..registry import get_merge_method
 from .backbone_plan import is_backbone
@@ -62,6 +63,8 @@ class BackboneEngine:
         self.report = MergeReport(notes=list(plan.notes))
         self.models = [self._load(source) for source in plan.experts]
         self.topologies = [trace(model, example_inputs(model)) for model in self.models]
+        self.topologies[0].attention = find_attention(self.models[0], self.topologies[0])
+        self.topologies[0].elementwise = find_elementwise(self.models[0], self.topologies[0])
         self.samples = data.load([task_model(source) for source in plan.experts]) if data is not None else None
         self._augment = getattr(data, "augment", None)
 
@@ -259,5 +262,3 @@ def _folded_head(
         if bias is not None:
             values[f"{layer}.bias"] = bias
     return values
-
-

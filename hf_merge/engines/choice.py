@@ -60,7 +60,7 @@ def find_data_problems(plan: MergePlan, data: CalibrationData | None, has_option
     """
     name = plan.config.merge_type
     method = get_merge_method(name).method_cls
-    if not method.requires_data:
+    if not method.needs_data(plan.config):
         return (
             []
             if data is None

@@ -27,7 +27,7 @@ from .options import EngineOptions
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
 from .streaming import MergeReport, Sink, StreamingEngine, on_disk, peak_memory_bytes
-from .task_models import LazyTensors, LoadedModels, MergedValues, as_parameter, build_model
+from .task_models import LazyTensors, LoadedModels, MergedValues, as_parameter, build_model, parameter_names
 
 
 class EndToEndEngine:
@@ -110,7 +110,7 @@ class EndToEndEngine:
     @cached_property
     def _weights(self) -> set[str]:
         """The entries of the merged model that are parameters, not buffers."""
-        return {name for name, _ in self.plan.target.shell.named_parameters(remove_duplicate=False)}
+        return parameter_names(self.plan.target)
 
     def _group(self, values: MergedValues, merged: dict[str, PlannedParameter]) -> ModelGroup:
         config, options, target = self.plan.config, self.options, self.plan.target

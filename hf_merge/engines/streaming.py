@@ -6,6 +6,7 @@ The engine knows no formulas and the methods know no files.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ from ..registry import get_merge_method
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
 
+
+logger = logging.getLogger(__name__)
 
 READ_AHEAD = 2
 """How many save groups are read ahead of the one being merged."""
@@ -113,6 +116,9 @@ class StreamingEngine:
                 writing = writer.submit(self._write, group, merged, sink, bar)
             if writing is not None:
                 writing.result()
+        for remark in [remark for method in self._methods.values() for remark in method.remarks()]:
+            logger.warning(remark)
+            self.report.notes.append(remark)
         self.report.seconds["merge"] = time.perf_counter() - start
         self.report.peak_memory_bytes = peak_memory_bytes()
         return self.report

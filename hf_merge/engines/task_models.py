@@ -82,18 +82,23 @@ def as_parameter(value: Tensor, device: torch.device) -> nn.Parameter:
 
 def expert_values(source: ModelSource, device: torch.device) -> ValueOf:
     """The weights of an expert as it is; parameters that are tied are one and the same."""
+    parameters = parameter_names(source)
 
     @cache
     def read(stored: str) -> Tensor:
         value = source.read(stored)
-        is_parameter = stored in dict(source.shell.named_parameters(remove_duplicate=False))
-        return as_parameter(value, device) if is_parameter else value
+        return as_parameter(value, device) if stored in parameters else value
 
     def value_of(name: str) -> Tensor | None:
         stored = name if name in source.parameters else source.tied_stand_in(name)
         return None if stored is None else read(stored)
 
     return value_of
+
+
+def parameter_names(source: ModelSource) -> set[str]:
+    """The entries of a model's state dict that are parameters, not buffers; tied ones included."""
+    return {name for name, _ in source.shell.named_parameters(remove_duplicate=False)}
 
 
 @dataclass(frozen=True)
@@ -116,20 +121,16 @@ class MergedValues:
     def under_head_of(self, source: ModelSource, device: torch.device) -> ValueOf:
         """The merged backbone with the head of an expert, where heads are not merged."""
         own = expert_values(source, device)
+        keeps_head = self.plan.config.heads == "first" or source.name in self.plan.heads
         by_canonical = self.plan.target.anatomy.by_canonical
 
         def value_of(name: str) -> Tensor | None:
             merged = by_canonical.get(source.anatomy.canonical(name))
-            if merged is None or (merged in self._kept_heads and source.anatomy.parameters[name].is_task_head):
+            if merged is None or (keeps_head and source.anatomy.parameters[name].is_task_head):
                 return own(name)
             return self.of_target(merged)
 
         return value_of
-
-    @property
-    def _kept_heads(self) -> set[str]:
-        infos = self.plan.target.anatomy.parameters
-        return {p.name for p in self.plan.parameters if p.action == "copy" and infos[p.name].is_task_head}
 
 
 class LoadedModels(TaskModels):
@@ -181,7 +182,7 @@ class LoadedModels(TaskModels):
 
     def samples(self, task: int) -> Iterator[ModelInputs]:
         hidden = not transformers_logging.is_progress_bar_enabled()
-        for sample in tqdm(self._samples[task], desc=self._experts[task].name, disable=hidden or None):
+        for sample in tqdm(self._samples[task], desc=f"Samples of {self._experts[task].name}", disable=hidden or None):
             yield self._on_device(task, sample)
 
     def _on_device(self, task: int, batch: Batch) -> ModelInputs:

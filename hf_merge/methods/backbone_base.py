@@ -103,6 +103,8 @@ class Topology:
         - **tables** (`list[str]`) -- Parameters whose last dimension is the residual stream: embeddings, positions, class tokens.
         - **direct** (`list[str]`) -- Trained as they are: norms and other vectors.
         - **attention** (`list[AttentionSite]`) -- The attention layers, where their heads could be found.
+        - **elementwise** (`dict[str, list[str]]`) -- Layers that read, channel by channel, a function of other layers' outputs, and
+          these layers: the inside of MLPs.
         - **tap** ([`FeatureTap`], *optional*) -- What the head reads; `None` without a head.
     """
 
@@ -112,6 +114,7 @@ class Topology:
     direct: list[str] = field(default_factory=list)
     tap: FeatureTap | None = None
     attention: list[AttentionSite] = field(default_factory=list)
+    elementwise: dict[str, list[str]] = field(default_factory=dict)
 
     def readers(self) -> dict[int, list[str]]:
         """The linear layers that read one tensor, by group."""
@@ -262,6 +265,10 @@ class BackboneGroup:
     def device(self) -> torch.device:
         """Where the models are."""
         return next(self.student.parameters()).device
+
+    def width(self, index: int) -> int:
+        """The width of an expert's residual stream."""
+        return self.modules[index].config.hidden_size
 
     def first(self, count: int) -> BackboneGroup:
         """The same merge with the first `count` experts only."""

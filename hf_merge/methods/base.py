@@ -161,6 +161,15 @@ class MergeMethod:
     max_experts: ClassVar[int | None] = None
 
     @classmethod
+    def needs_data(cls, settings: Any) -> bool:
+        """Whether the method needs calibration samples under a recipe.
+
+        Args:
+            settings ([`MergeConfig`]): The recipe.
+        """
+        return cls.requires_data
+
+    @classmethod
     def refusals(cls, name: str, experts: int, has_base: bool) -> list[str]:
         """Why the method cannot merge so many models, as sentences; empty when it can.
 
@@ -219,6 +228,10 @@ class TensorMethod(MergeMethod):
 
     def conclude(self, observations: Iterator[tuple[str, Any]], round: int, settings: Any) -> None:
         """Takes the observations of one round, `(parameter name, observation)`, and keeps what the next step needs."""
+
+    def remarks(self) -> list[str]:
+        """What the method noticed over the whole merge and the user should know. Called once, at the end."""
+        return []
 
 
 @dataclass

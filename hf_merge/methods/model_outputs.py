@@ -38,13 +38,13 @@ def run_logits(models: TaskModels, model: nn.Module, inputs: ModelInputs) -> Ten
 
 def run_hidden(models: TaskModels, model: nn.Module, inputs: ModelInputs) -> Tensor:
     """The last hidden states of a batch, float32, (samples, tokens, channels), without running the head where that is possible.
+    Of convolutional models every position is a token.
 
     Raises:
         UnsupportedModelError: The model returns no hidden states.
     """
-    backbone = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
-    arguments = _accepted(backbone, inputs.arguments)
-    hidden = getattr(models.run(backbone, arguments), "last_hidden_state", None)
+    backbone = model.base_model
+    hidden = getattr(models.run(backbone, _accepted(backbone, inputs.arguments)), "last_hidden_state", None)
     if hidden is None:
         output = models.run(model, inputs.arguments | {"output_hidden_states": True})
         states = getattr(output, "decoder_hidden_states", None) or getattr(output, "hidden_states", None)
@@ -54,7 +54,7 @@ def run_hidden(models: TaskModels, model: nn.Module, inputs: ModelInputs) -> Ten
             f"{type(model).__name__} returns no hidden states that could be compared: use a method that works block by block, "
             "such as 'prodistill'."
         )
-    return hidden.float()
+    return (hidden.flatten(2).mT if hidden.dim() == 4 else hidden).float()
 
 
 def _accepted(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:

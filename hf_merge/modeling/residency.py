@@ -23,6 +23,8 @@ def build_runnable_shell(model_class: type[PreTrainedModel], config: PretrainedC
         config ([`~transformers.PretrainedConfig`]): Its config, which is not changed.
     """
     config = copy.deepcopy(config)
+    # The layers of a mixture one by one: methods look at what each of them reads. Other implementations fuse them.
+    config._experts_implementation = "eager"
     with init_empty_weights():
         model = model_class._from_config(config, dtype=torch.float32)
     return model.eval().requires_grad_(False)

@@ -77,11 +77,15 @@ class LiteralConvolution(nn.Module):
     def __init__(self, module, experts, name, outputs):
         super().__init__()
         self.stride = module.stride
-        self.terms = [(e[f"{name}.weight"], e[f"{name}.bias"], m.dense()) for e, m in zip(experts, outputs, strict=True)]
+        self.terms = [
+            (e[f"{name}.weight"], e[f"{name}.bias"], m.dense()) for e, m in zip(experts, outputs, strict=True)
+        ]
         self.weight = module.weight
 
     def forward(self, x):
-        convolved = [torch.einsum("oc,bchw->bohw", m, nn.functional.conv2d(x, w, b, self.stride)) for w, b, m in self.terms]
+        convolved = [
+            torch.einsum("oc,bchw->bohw", m, nn.functional.conv2d(x, w, b, self.stride)) for w, b, m in self.terms
+        ]
         return sum(convolved)
 
 
@@ -313,7 +317,10 @@ def test_augmentation_sees_training_batches():
 )
 def test_unsupported_architectures_are_refused_with_the_reason(family, word):
     merger = Merger.from_pretrained({"a": ZOO[family].build(0), "b": ZOO[family].build(1)}, KdConfig(epochs=1))
-    data = {name: [dict(zip(ZOO[family].inputs(), values, strict=True)) for values in zip(*ZOO[family].inputs().values())] for name in "ab"}
+    data = {
+        name: [dict(zip(ZOO[family].inputs(), values, strict=True)) for values in zip(*ZOO[family].inputs().values())]
+        for name in "ab"
+    }
     with pytest.raises((PlanError, UnsupportedModelError), match=word):
         merger.merge(data)
 

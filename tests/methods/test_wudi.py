@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import pytest
 import torch
@@ -260,28 +259,43 @@ def test_effective_rank_of_equal_eigenvalues_is_their_number():
 # -- the check of the norms ---------------------------------------------------------------------------------------
 
 
-def test_warns_once_of_mismatched_norms_and_names_both_experts():
-    vectors = task_matrices(13, 3, 12, 20) * torch.tensor([1.0, 0.1, 2.0], dtype=torch.float64)[:, None, None]
-    config, method = WudiConfig(), Wudi()
+def norm_remarks(factors: list[float], **settings) -> list[str]:
+    vectors = task_matrices(13, len(factors), 12, 20) * torch.tensor(factors, dtype=torch.float64)[:, None, None]
+    config, method = WudiConfig(**settings), Wudi()
     groups = [group_of(vectors, config, name=name) for name in ("a.weight", "b.weight")]
-    observations = [(group.name, method.observe(group, 0)) for group in groups]
-    with pytest.warns(UserWarning, match=r"'expert2' has .* times the norm of that of 'expert1'") as caught:
-        method.conclude(iter(observations), 0, config)
-    assert len(caught) == 1
+    for round in range(method.rounds(config)):
+        method.conclude(iter([(group.name, method.observe(group, round)) for group in groups]), round, config)
+    for group in groups:
+        method(group)
+    return method.remarks()
+
+
+def test_remarks_once_on_mismatched_norms_and_names_both_experts():
+    (remark,) = norm_remarks([1.0, 0.1, 2.0])
+    assert "'expert2' has" in remark and "times the norm of that of 'expert1'" in remark
 
 
 @pytest.mark.parametrize("settings", [{"check_norms": False}, {"equalize_norms": True}])
-def test_no_warning_where_it_is_switched_off_or_cured(settings):
-    vectors = task_matrices(13, 2, 12, 20) * torch.tensor([1.0, 0.1], dtype=torch.float64)[:, None, None]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        merge(vectors, "wudi", **settings)
+def test_no_remark_where_it_is_switched_off_or_cured(settings):
+    assert not norm_remarks([1.0, 0.1], **settings)
 
 
-def test_the_pass_over_the_checkpoints_is_saved_when_nobody_asks_for_norms():
-    assert Wudi().rounds(WudiConfig()) == 1
-    assert Wudi().rounds(WudiConfig(check_norms=False)) == 0
-    assert Wudi().rounds(WudiConfig(check_norms=False, equalize_norms=True)) == 1
+def test_no_remark_on_norms_that_match():
+    assert not norm_remarks([1.0, 0.5, 2.0])
+
+
+def test_only_equal_norms_need_a_pass_over_the_checkpoints():
+    assert Wudi().rounds(WudiConfig()) == 0
+    assert Wudi().rounds(WudiConfig(equalize_norms=True)) == 1
+
+
+def test_descent_starts_from_another_methods_result():
+    vectors = task_matrices(14, 3, 12, 20)
+    start, _ = merge(vectors, "tsv_m")
+    stayed, _ = merge(vectors, "wudi", solver="adam", initial="tsv_m", num_steps=1, learning_rate=1e-12)
+    assert relative(stayed, start) < 1e-5
+    with pytest.raises(ConfigError, match="initial"):
+        WudiConfig(solver="adam", initial="wudi")
 
 
 # -- low rank -----------------------------------------------------------------------------------------------------

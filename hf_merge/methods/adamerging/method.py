@@ -18,7 +18,7 @@ from ..ties.method import Ties
 
 
 class AdaMerging(ModelMethod):
-    """min_λ Σ_i mean_{x ∈ D_i} H(p(y | x; θ(λ))), each task under its own head (eq. 4 and 5)."""
+    """min_λ Σ_i mean_{x ∈ D_i} H(p(y | x; θ(λ))), each task under its own head."""
 
     requires_base = True
 
@@ -29,8 +29,8 @@ class AdaMerging(ModelMethod):
             low, high = -settings.init_scale, 1 - settings.init_scale
 
             def apply() -> None:
-                if settings.clamp:
-                    clamp(coefficients, low, high)
+                for delta in coefficients.tensors if settings.clamp else ():
+                    delta.detach().clamp_(low, high)
                 coefficients.apply()
 
             training = ModelTraining(
@@ -84,13 +84,6 @@ def agreeing(ties: Ties, group: TensorGroup) -> list[Tensor]:
 def _around_zero(group: TensorGroup, vectors: list[Tensor]) -> TensorGroup:
     """A parameter whose task vectors are exactly the given ones."""
     return replace(group, stored_base=torch.zeros_like(vectors[0]), stored_experts=vectors)
-
-
-def clamp(coefficients: Coefficients, low: float, high: float) -> None:
-    """Keeps every δ in [low, high]."""
-    with torch.no_grad():
-        for delta in coefficients.tensors:
-            delta.clamp_(low, high)
 
 
 class _Entropy:

@@ -1,4 +1,4 @@
-"""Fisher-weighted averaging: θ = Σ w_i F_i θ_i / Σ w_i F_i with the diagonal Fisher information F_i (arXiv 2111.09832, eq. 4)."""
+"""Fisher-weighted averaging: θ = Σ w_i F_i θ_i / Σ w_i F_i with the diagonal Fisher information F_i (arXiv 2111.09832)."""
 
 from __future__ import annotations
 

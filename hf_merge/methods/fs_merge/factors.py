@@ -134,7 +134,13 @@ class HeadMixing(Factor):
 
 
 def make_factor(
-    form: str, rows: int, columns: int, scale: float, rank: int, generator: torch.Generator, head_size: int | None = None
+    form: str,
+    rows: int,
+    columns: int,
+    scale: float,
+    rank: int,
+    generator: torch.Generator,
+    head_size: int | None = None,
 ) -> Factor:
     """A factor of the given form.
 

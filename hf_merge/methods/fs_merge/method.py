@@ -97,5 +97,3 @@ def starting_experts(group: BackboneGroup) -> list[Mapping[str, Tensor]]:
 def _refine_scale(settings: FsMergeConfig) -> float:
     rate = settings.refine_learning_rate
     return 1 / 3 if rate is None else rate / settings.learning_rate
-
-

@@ -71,7 +71,8 @@ class Supernet(nn.Module):
         weight = f"{site.name}.weight"
         width = self._shapes[weight][axis]
         self.inputs[group] = nn.ModuleList(
-            make_factor(rows=expert[weight].shape[axis], columns=width, scale=1.0, **self._make) for expert in self.experts
+            make_factor(rows=expert[weight].shape[axis], columns=width, scale=1.0, **self._make)
+            for expert in self.experts
         )
 
     def _add_output(self, name: str, weight: str, axis: int, head_size: int | None = None) -> None:

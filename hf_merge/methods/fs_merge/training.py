@@ -85,7 +85,9 @@ class FoldedWeights(TrainedWeights):
 
     def collect(self) -> None:
         weights = {name: self.group.student.get_parameter(name) for name in self._folded}
-        reached = [name for name, weight in weights.items() if weight.grad is not None and self._folded[name].requires_grad]
+        reached = [
+            name for name, weight in weights.items() if weight.grad is not None and self._folded[name].requires_grad
+        ]
         torch.autograd.backward([self._folded[name] for name in reached], [weights[name].grad for name in reached])
         for weight in weights.values():
             weight.grad = None
@@ -111,7 +113,12 @@ class FeatureTraining:
     """
 
     def __init__(
-        self, group: BackboneGroup, weights: TrainedWeights, epochs: int, learning_rates: Mapping[str, float], label: str
+        self,
+        group: BackboneGroup,
+        weights: TrainedWeights,
+        epochs: int,
+        learning_rates: Mapping[str, float],
+        label: str,
     ):
         self.group, self.weights, self.settings, self.label = group, weights, group.settings, label
         self.source = group.source
@@ -282,7 +289,9 @@ class FeatureTraining:
         for name, layer in self._sites.items():
             axis = 0 if self.group.topology.linears[layer].transposed else 1
             shapes[name] = (f"{layer}.weight", axis)
-        widths = {n: [expert[weight].shape[axis] for expert in self.group.experts] for n, (weight, axis) in shapes.items()}
+        widths = {
+            n: [expert[weight].shape[axis] for expert in self.group.experts] for n, (weight, axis) in shapes.items()
+        }
         merged = self.group.shapes()
         self.weights.add_probes(widths, {n: merged[weight][axis] for n, (weight, axis) in shapes.items()})
 

@@ -1,4 +1,4 @@
-"""MaTS: RegMean's linear systems W Σ G_i = Σ W_i G_i by conjugate gradients from a chosen start (arXiv 2312.04339, eq. 6)."""
+"""MaTS: RegMean's linear systems W Σ G_i = Σ W_i G_i by conjugate gradients from a chosen start (arXiv 2312.04339)."""
 
 from __future__ import annotations
 

@@ -39,9 +39,7 @@ class ProDistillConfig(BlockMethodConfig):
     merge_type: ClassVar[str] = "prodistill"
     accepts_block_methods: ClassVar[bool] = True
 
-    init: Any = field(
-        default="task_arithmetic", metadata={"help": "Method or recipe that training starts from."}
-    )
+    init: Any = field(default="task_arithmetic", metadata={"help": "Method or recipe that training starts from."})
     init_scale: float = setting(0.3, "Coefficient of init='task_arithmetic'.", scope="merge")
     epochs: int = setting(50, "Passes over the samples, for each block.", minimum=1, scope="merge")
     learning_rate: float = setting(0.01, "Adam's step on the coefficients.", above=0, scope="merge")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..base import LINEAR_KINDS, LinearMethod, TaskMatrices, TensorGroup
+from ...registry import get_merge_method
+from ..base import LINEAR_KINDS, LinearMethod, ParameterKind, TaskMatrices, TensorGroup
 from ..linalg import solve_dtype
 from ..reporting import add_to_report
 from .config import WudiConfig
@@ -36,15 +37,15 @@ NORM_RATIO = 5.0
 class Wudi(LinearMethod):
     """W_0 + argmin_M Σ_i ‖(M − T_i) T_iᵀ‖² / ‖T_i‖², regularised by the solver (arXiv 2503.08099, eq. 9).
 
-    With `equalize_norms` or `check_norms` every parameter is observed once before the merge, for the norms of the whole
-    task vectors.
+    With `equalize_norms` every parameter is observed once before the merge, for the norms of the whole task vectors.
     """
 
     def __init__(self):
         self._scales: dict[str, float] = {}
+        self._squares: dict[str, list[float]] = {}
 
     def rounds(self, settings: WudiConfig) -> int:
-        return int(settings.equalize_norms or settings.check_norms)
+        return int(settings.equalize_norms)
 
     def observe(self, group: TensorGroup, round: int) -> dict[str, float]:
         """‖τ_i‖² by expert, of one linear weight; empty for other parameters."""
@@ -56,21 +57,30 @@ class Wudi(LinearMethod):
         }
 
     def conclude(self, observations: Iterator[tuple[str, Any]], round: int, settings: WudiConfig) -> None:
-        norms = _total_norms(observations)
-        if settings.equalize_norms and norms:
-            mean = math.exp(sum(map(math.log, norms.values())) / len(norms))
-            self._scales = {name: mean / norm for name, norm in norms.items()}
-        else:
-            _warn_of_mismatch(norms)
+        squares: dict[str, list[float]] = {}
+        for _, by_expert in observations:
+            for name, square in by_expert.items():
+                squares.setdefault(name, []).append(square)
+        norms = _total_norms(squares)
+        mean = math.exp(sum(map(math.log, norms.values())) / len(norms)) if norms else 1.0
+        self._scales = {name: mean / norm for name, norm in norms.items()}
+
+    def remarks(self) -> list[str]:
+        mismatch = _mismatch(_total_norms(self._squares))
+        return [mismatch] if mismatch else []
 
     def merge_matrix(self, task_matrices: TaskMatrices, group: TensorGroup) -> Tensor:
         scales = [self._scales.get(name, 1.0) for name in group.expert_names]
         vectors = _ScaledMatrices(task_matrices, scales, solve_dtype(task_matrices.base))
         norms = [torch.linalg.vector_norm(vector).item() for vector in vectors]
+        if group.settings.check_norms and not self._scales:
+            for name, norm in zip(group.expert_names, norms, strict=True):
+                self._squares.setdefault(name, []).append(norm**2)
         vectors.drop([index for index, norm in enumerate(norms) if norm == 0])
         if not vectors:
             return torch.zeros_like(task_matrices.base)
-        solution = solve(vectors, [norm for norm in norms if norm > 0], group.settings)
+        start = _other_start(task_matrices, group.settings)
+        solution = solve(vectors, [norm for norm in norms if norm > 0], group.settings, start=start)
         _report(solution, group, task_matrices)
         return solution.merged.to(task_matrices.base.dtype)
 
@@ -97,8 +107,28 @@ class _ScaledMatrices(Sequence):
         return matrix if self._scales[index] == 1.0 else matrix.mul_(self._scales[index])
 
 
+def _other_start(matrices: TaskMatrices, settings: WudiConfig) -> Tensor | None:
+    """The merged task vector of the method that `initial` names, shape (out, in)."""
+    if settings.initial in (None, "sum", "mean") or settings.solver not in ("adam", "sgd", "optmerge"):
+        return None
+    entry, names = get_merge_method(settings.initial), matrices.group.expert_names
+    layer = replace(
+        matrices.group,
+        kind=ParameterKind.LINEAR,
+        stored_base=matrices.base,
+        stored_experts=[matrices[index] + matrices.base for index in range(len(matrices))],
+        settings=entry.config_cls(seed=matrices.group.seed).resolve(matrices.group.name, 0.0, names),
+        report={},
+    )
+    return entry.method_cls()(layer) - matrices.base
+
+
 def solve(
-    vectors: Sequence[Tensor], norms: Sequence[float], settings: WudiConfig, in_features: int | None = None
+    vectors: Sequence[Tensor],
+    norms: Sequence[float],
+    settings: WudiConfig,
+    in_features: int | None = None,
+    start: Tensor | None = None,
 ) -> Solution:
     """Solves one layer.
 
@@ -107,10 +137,11 @@ def solve(
         norms (`Sequence[float]`): ‖T_i‖.
         settings ([`WudiConfig`]): Resolved for this layer.
         in_features (`int`, *optional*): The layer's input dimension, where the T_i are given in coordinates of a subspace.
+        start (`torch.Tensor`, *optional*): Where an iterative solver starts, shape (out, in), when `initial` names a method.
     """
     if settings.solver in ("adaptive", "spectral", "closed_form"):
         return _solve_closed(vectors, norms, settings, in_features or vectors[0].shape[1])
-    return _solve_descent(vectors, norms, settings)
+    return _solve_descent(vectors, norms, settings, start)
 
 
 def _solve_closed(
@@ -130,7 +161,9 @@ def _solve_closed(
     return solve_filtered(objective, total, lambda values: exponential_filter(values, settings.time, rank))
 
 
-def _solve_descent(vectors: Sequence[Tensor], norms: Sequence[float], settings: WudiConfig) -> Solution:
+def _solve_descent(
+    vectors: Sequence[Tensor], norms: Sequence[float], settings: WudiConfig, start: Tensor | None
+) -> Solution:
     shape = vectors[0].shape
     if settings.solver == "optmerge":
         rank = max(1, min(shape) // len(vectors))
@@ -140,7 +173,10 @@ def _solve_descent(vectors: Sequence[Tensor], norms: Sequence[float], settings: 
     objective = cheaper_to_descend(rows, shape[1]).build(terms, shape)
     total = _sum(vectors)
     before = objective.loss(total)
-    start = total.div_(len(vectors)) if _initial(settings) == "mean" else total
+    if start is not None:
+        start = start.to(total.dtype)
+    else:
+        start = total.div_(len(vectors)) if _initial(settings) == "mean" else total
     # Scaling every T_i by 1/s leaves C and the eigenvalues alone and makes Adam's absolute step s times as large.
     scale = _rms(norms, shape) / REFERENCE_RMS if settings.normalize else 1.0
     like = torch.empty_like(start, dtype=torch.float32 if start.dtype == torch.float64 else start.dtype)
@@ -195,26 +231,23 @@ def _report(solution: Solution, group: TensorGroup, matrices: TaskMatrices) -> N
         add_to_report(group, matrices, "effective_rank", solution.rank)
 
 
-def _total_norms(observations: Iterator[tuple[str, dict[str, float]]]) -> dict[str, float]:
+def _total_norms(squares: dict[str, list[float]]) -> dict[str, float]:
     """‖τ_i‖ over the linear layers, of the experts that differ from the base model."""
-    squares: dict[str, list[float]] = {}
-    for _, by_expert in observations:
-        for name, square in by_expert.items():
-            squares.setdefault(name, []).append(square)
-    # fsum is exact, so that the order in which parameters are observed does not matter.
+    # fsum is exact, so that the order of the parameters does not matter.
     totals = {name: math.sqrt(math.fsum(parts)) for name, parts in squares.items()}
     return {name: norm for name, norm in totals.items() if norm > 0}
 
 
-def _warn_of_mismatch(norms: dict[str, float]) -> None:
+def _mismatch(norms: dict[str, float]) -> str:
+    """What to say of task vectors of very different sizes, or the empty string."""
     if len(norms) < 2:
-        return
+        return ""
     largest, smallest = max(norms, key=norms.get), min(norms, key=norms.get)
     ratio = norms[largest] / norms[smallest]
-    if ratio > NORM_RATIO:
-        warnings.warn(
-            f"The task vector of '{largest}' has {ratio:.1f} times the norm of that of '{smallest}' "
-            f"({norms[largest]:.3g} against {norms[smallest]:.3g}): the merged model will follow '{largest}' and lose "
-            f"'{smallest}'. Set equalize_norms=True to scale them to one norm, or check_norms=False if this is meant.",
-            stacklevel=2,
-        )
+    if ratio <= NORM_RATIO:
+        return ""
+    return (
+        f"The task vector of '{largest}' has {ratio:.1f} times the norm of that of '{smallest}' ({norms[largest]:.3g} against "
+        f"{norms[smallest]:.3g}): the merged model follows '{largest}' and loses '{smallest}'. Set equalize_norms=True to "
+        "scale them to one norm, or check_norms=False if this is meant."
+    )

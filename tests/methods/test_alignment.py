@@ -1,0 +1,160 @@
+"""Alignment: a permuted model is the same model, and matching finds the permutation."""
+
+import pytest
+import torch
+
+from hf_merge import ConfigError, Merger, PlanError
+from hf_merge.methods.alignment import GitRebasinConfig, OtFusionConfig, ZipItConfig
+from hf_merge.methods.alignment.activations import zip_units
+from hf_merge.methods.alignment.matching import WeightMatching, assign, transport
+from hf_merge.methods.alignment.spaces import RESIDUAL, ExpertTransforms, HeadOrder, Spaces, Transform, head_groups
+from hf_merge.methods.fs_merge import FsMergeConfig, KdConfig
+from hf_merge.modeling.heads import find_attention, find_elementwise
+from hf_merge.modeling.topology import backbone_of, trace
+from tests.methods.test_fs_merge import FAMILIES, build, logits, merger_of, parameters, samples
+from tests.zoo import ZOO
+
+
+def spaces_of(model, family):
+    inputs = ZOO[family].inputs()
+    topology = trace(model, inputs)
+    topology.attention = find_attention(model, topology, inputs)
+    topology.elementwise = find_elementwise(model, topology, inputs)
+    shapes = {name: value.shape for name, value in parameters(model).items()}
+    return Spaces.of(topology, backbone_of(model).config.hidden_size, shapes)
+
+
+def random_transforms(spaces: Spaces, model) -> ExpertTransforms:
+    generator = torch.Generator().manual_seed(4)
+
+    def permutation(count):
+        return torch.randperm(count, generator=generator)
+
+    transforms = ExpertTransforms(spaces)
+    weights = parameters(model)
+    transforms.units[RESIDUAL] = Transform.permutation(permutation(backbone_of(model).config.hidden_size))
+    for name, space in spaces.hidden.items():
+        site = spaces.topology.linears[space.writers[0]]
+        count = weights[f"{space.writers[0]}.weight"].shape[1 if site.transposed else 0]
+        transforms.units[name] = Transform.permutation(permutation(count))
+    for name, site in spaces.attention.items():
+        groups = len(head_groups(site))
+        inner = torch.stack([permutation(site.head_size) for _ in range(groups)])
+        matched = torch.arange(site.head_size).expand(groups, -1) if site.is_rotary else inner.flip(1)
+        transforms.heads[name] = HeadOrder(permutation(groups), inner, matched)
+    return transforms
+
+
+def permuted(model, family):
+    """The same function with other units. The head reads the units of the end of the backbone, which are renamed too."""
+    spaces = spaces_of(model, family)
+    transforms = random_transforms(spaces, model)
+    other = build(family, 0)
+    other.load_state_dict(model.state_dict())
+    width = backbone_of(model).config.hidden_size
+    with torch.no_grad():
+        for name, value in transforms.apply(parameters(model), width).items():
+            backbone_of(other).get_parameter(name).copy_(value)
+        tap = spaces.topology.tap
+        ends = [name for name in transforms.units if name.startswith("out:")]
+        end = ends[-1] if tap.field == "pooler_output" else RESIDUAL
+        for layer in tap.layers:
+            module = other.get_submodule(layer)
+            head = module.weight.detach() @ transforms.units[end].to.mT
+            module.weight = torch.nn.Parameter(head)
+    return other
+
+
+@pytest.mark.parametrize("family", (*FAMILIES, "gpt-neox", "distilbert", "qwen2"))
+def test_permuted_model_is_the_same_function(family):
+    model = build(family, 0)
+    torch.testing.assert_close(logits(permuted(model, family), family), logits(model, family), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "config", (GitRebasinConfig(), GitRebasinConfig(matching="activations"), ZipItConfig(budget=0.0))
+)
+@pytest.mark.parametrize("family", ("vit", "bert", "gpt2", "llama"))
+def test_matching_undoes_a_permutation(family, config):
+    model = build(family, 0)
+    other = permuted(model, family)
+    merger = Merger.from_pretrained({"plain": model, "permuted": other}, config)
+    needs_data = not isinstance(config, GitRebasinConfig) or config.matching == "activations"
+    data = {name: samples(family, 24) for name in ("plain", "permuted")} if needs_data else None
+    merger.merge(data)
+    if family == "llama" or (needs_data and family != "vit"):
+        # Correlations do not tell channels of queries and keys apart; those keep their order.
+        return
+    for task in ("plain", "permuted"):
+        torch.testing.assert_close(logits(merger.model_for(task), family), logits(model, family), atol=1e-4, rtol=1e-3)
+
+
+def test_average_of_other_heads_is_not_the_model():
+    """The law above is not empty: without matching the average of the two is another function."""
+    model = build("vit", 0)
+    spaces = spaces_of(model, "vit")
+    ours, theirs = parameters(model), parameters(permuted(model, "vit"))
+    matched = WeightMatching(spaces, ours, theirs, (32, 32)).run().apply(theirs, 32)
+    assert all(torch.allclose(matched[name], ours[name], atol=1e-5) for name in ours)
+    assert not torch.allclose(theirs["layers.0.mlp.fc1.weight"], ours["layers.0.mlp.fc1.weight"])
+
+
+def test_rotary_heads_and_grouped_queries_are_respected():
+    spaces = spaces_of(build("llama", 0), "llama")
+    for site in spaces.attention.values():
+        assert site.is_rotary
+        assert len(head_groups(site)) == 2
+        assert site.query_and_key == [part.layer for part in site.matched]
+
+
+def test_transport_of_a_permutation_is_the_permutation():
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    similarity = torch.eye(6)[order]
+    assert torch.equal(assign(similarity), order)
+    soft = transport(similarity, 0.02)
+    torch.testing.assert_close(soft.to, torch.eye(6)[order], atol=1e-3, rtol=0)
+    torch.testing.assert_close(soft.back, soft.to.mT, atol=1e-3, rtol=0)
+
+
+def test_transport_between_widths_takes_means():
+    plan = transport(torch.randn(4, 7, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(plan.to.sum(1), torch.ones(4))
+    torch.testing.assert_close(plan.back.sum(0), torch.ones(4))
+
+
+def test_zip_pairs_every_unit_once():
+    values = torch.randn(12, 100, generator=torch.Generator().manual_seed(0))
+    for budget in (0.0, 0.5, 1.0):
+        ours, theirs = zip_units(torch.corrcoef(values), budget)
+        both = torch.cat([ours.to, theirs.to], 1)
+        assert (both.sum(1) == 2).all()
+        assert (both.sum(0) == 1).all()
+    ours, theirs = zip_units(torch.corrcoef(values), 0.0)
+    assert (ours.to.sum(1) == 1).all()
+
+
+def test_transport_merges_experts_of_different_width():
+    merger, _ = merger_of("vit", OtFusionConfig(), (None, 48))
+    model = merger.merge()
+    assert model.config.hidden_size == 32
+    assert torch.isfinite(logits(merger.model_for("task1"), "vit")).all()
+
+
+@pytest.mark.parametrize("config", (FsMergeConfig(init="git_rebasin", epochs=1), KdConfig(init="zipit", epochs=1)))
+def test_training_starts_from_aligned_experts(config):
+    model = build("vit", 0)
+    merger = Merger.from_pretrained({"plain": model, "permuted": permuted(model, "vit")}, config)
+    merger.merge({name: samples("vit", 24) for name in ("plain", "permuted")})
+    (report,) = merger.report.blocks["backbone"].values()
+    assert report["first_loss"] < 0.2
+
+
+def test_refusals():
+    merger, data = merger_of("vit", FsMergeConfig(init="git_rebasin", epochs=1), (None, 48))
+    with pytest.raises(ConfigError, match="one by one"):
+        merger.merge(data)
+    merger, _ = merger_of("vit", GitRebasinConfig(), (None, 48))
+    with pytest.raises(PlanError, match="hidden_size"):
+        merger.check()
+    with pytest.raises(ConfigError, match="residual"):
+        ZipItConfig(residual=False)
