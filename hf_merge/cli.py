@@ -156,13 +156,17 @@ def methods(as_json: AsJson = False) -> None:
 def inspect(
     models: Annotated[list[str], typer.Argument(help="The experts: NAME=PATH_OR_HUB_ID, or only the path.")],
     base: Base = None,
+    wudi: Annotated[
+        bool, typer.Option("--wudi", help="Also each layer's interference before and after WUDI.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare models: classes, shapes, and with a base model norms, cosines and sign conflicts of the task vectors."""
     from .engines.inspection import inspect_models
 
-    merger = _merger(None, "task_arithmetic" if base else "linear", models, base, None, None, None, trust_remote_code)
+    method = "wudi" if wudi else "task_arithmetic" if base else "linear"
+    merger = _merger(None, method, models, base, None, None, None, trust_remote_code)
     inspection = inspect_models(merger.check())
     typer.echo(json.dumps(inspection.to_dict()) if as_json else str(inspection))
 

@@ -196,9 +196,10 @@ def set_width(config: PretrainedConfig, width: int) -> None:
     Raises:
         ValueError: The number of heads does not divide the width.
     """
-    old, heads = config.hidden_size, config.num_attention_heads
+    old = config.hidden_size
     if width == old:
         return
+    heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or old // heads
     if width % size == 0 and getattr(config, "num_key_value_heads", heads) in (None, heads):
         config.num_attention_heads = width // size

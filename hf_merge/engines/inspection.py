@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.source import ModelSource
+from .placement import Placement
 from .plan import MergePlan, PlannedParameter
-from .streaming import progress
+from .streaming import StreamingEngine, progress
 
 
 @dataclass
@@ -25,6 +26,8 @@ class LayerInspection:
         norms (`list[float]`): ‖τ_i‖ for each expert.
         products (`list[list[float]]`): ⟨τ_i, τ_j⟩.
         conflicts (`int`), count (`int`): Entries where two experts' non-zero changes have opposite signs; entries in all.
+        wudi_loss_before, wudi_loss_after (`float`, *optional*): The interference of the summed and of the merged task vectors.
+        effective_rank (`float`, *optional*): Of the task vectors' Gram matrix.
     """
 
     name: str
@@ -34,6 +37,9 @@ class LayerInspection:
     products: list[list[float]]
     conflicts: int
     count: int
+    wudi_loss_before: float | None = None
+    wudi_loss_after: float | None = None
+    effective_rank: float | None = None
 
 
 @dataclass
@@ -99,7 +105,11 @@ class Inspection:
         name_width = max(len(layer.name) for layer in self.layers)
         for layer in self.layers:
             norms = " ".join(f"{norm:9.3g}" for norm in layer.norms)
-            lines.append(f"  {layer.name:<{name_width}}  {norms}  {layer.conflicts / max(layer.count, 1):6.1%}")
+            line = f"  {layer.name:<{name_width}}  {norms}  {layer.conflicts / max(layer.count, 1):6.1%}"
+            if layer.effective_rank is not None:
+                loss = f"{layer.wudi_loss_before:.3g} -> {layer.wudi_loss_after:.3g}"
+                line += f"  WUDI loss {loss}, effective rank {layer.effective_rank:g}"
+            lines.append(line)
         return "\n".join(lines)
 
 
@@ -107,15 +117,23 @@ def inspect_models(plan: MergePlan) -> Inspection:
     """Reads every parameter once and describes the task vectors.
 
     Args:
-        plan ([`MergePlan`]): A checked plan. Without a base model only the models themselves are described.
+        plan ([`MergePlan`]): A checked plan. Without a base model only the models themselves are described. With the method
+            `wudi` each linear layer is also merged, for its interference and effective rank.
     """
     inspection = Inspection([_describe(source) for source in plan.sources], [source.name for source in plan.experts])
     if plan.base is None:
         return inspection
     merged = [p for p in plan.parameters if p.action == "merge" and p.base is not None]
+    engine = StreamingEngine(plan, Placement()) if plan.config.merge_type == "wudi" else None
     with progress(sum(p.info.nbytes for p in merged), "Inspecting") as bar:
         for parameter in merged:
-            inspection.layers.append(_inspect_parameter(plan, parameter))
+            layer = _inspect_parameter(plan, parameter)
+            if engine is not None:
+                engine.merge_parameter(parameter.name)
+                row = engine.report.parameters[parameter.name]
+                for key in ("wudi_loss_before", "wudi_loss_after", "effective_rank"):
+                    setattr(layer, key, row.get(key))
+            inspection.layers.append(layer)
             bar.update(parameter.info.nbytes)
     return inspection
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..data.cache import ActivationCache
@@ -72,6 +73,8 @@ class ProDistillArguments(TrainingArguments):
                 "'bfloat16'."
             )
         ActivationCache(limit=self.activation_cache_limit)
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers asks for it before it allows bfloat16 without an accelerator
         super().__post_init__()
 
     def engine_options(self, monitor: BlockMonitor) -> EngineOptions:

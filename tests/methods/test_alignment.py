@@ -60,7 +60,7 @@ def permuted(model, family):
         end = ends[-1] if tap.field == "pooler_output" else RESIDUAL
         for layer in tap.layers:
             module = other.get_submodule(layer)
-            head = module.weight.detach() @ transforms.units[end].to.mT
+            head = model.get_submodule(layer).weight.detach() @ transforms.units[end].to.mT
             module.weight = torch.nn.Parameter(head)
     return other
 
@@ -82,8 +82,8 @@ def test_matching_undoes_a_permutation(family, config):
     needs_data = not isinstance(config, GitRebasinConfig) or config.matching == "activations"
     data = {name: samples(family, 24) for name in ("plain", "permuted")} if needs_data else None
     merger.merge(data)
-    if family == "llama" or (needs_data and family != "vit"):
-        # Correlations do not tell channels of queries and keys apart; those keep their order.
+    if needs_data and family != "vit":
+        # Random weights make units of text models that no sample tells apart.
         return
     for task in ("plain", "permuted"):
         torch.testing.assert_close(logits(merger.model_for(task), family), logits(model, family), atol=1e-4, rtol=1e-3)
@@ -133,15 +133,18 @@ def test_zip_pairs_every_unit_once():
     assert (ours.to.sum(1) == 1).all()
 
 
-def test_transport_merges_experts_of_different_width():
-    merger, _ = merger_of("vit", OtFusionConfig(), (None, 48))
-    model = merger.merge()
-    assert model.config.hidden_size == 32
-    assert torch.isfinite(logits(merger.model_for("task1"), "vit")).all()
+@pytest.mark.parametrize("family", ("vit", "bert"))
+def test_transport_of_a_model_and_itself_is_near_the_model(family):
+    model = build(family, 0)
+    config = OtFusionConfig(regularization=0.01)
+    merger = Merger.from_pretrained({"plain": model, "same": build(family, 0)}, config)
+    merger.merge()
+    torch.testing.assert_close(logits(merger.model_for("same"), family), logits(model, family), atol=0.02, rtol=0.05)
 
 
-@pytest.mark.parametrize("config", (FsMergeConfig(init="git_rebasin", epochs=1), KdConfig(init="zipit", epochs=1)))
-def test_training_starts_from_aligned_experts(config):
+@pytest.mark.parametrize("config_cls", (FsMergeConfig, KdConfig))
+def test_training_starts_from_aligned_experts(config_cls):
+    config = config_cls(init="git_rebasin", epochs=1, learning_rate=1e-6)
     model = build("vit", 0)
     merger = Merger.from_pretrained({"plain": model, "permuted": permuted(model, "vit")}, config)
     merger.merge({name: samples("vit", 24) for name in ("plain", "permuted")})

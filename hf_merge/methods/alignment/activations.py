@@ -8,8 +8,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from ..backbone_base import BackboneGroup
-from .matching import assign
+from ..backbone_base import AttentionSite, BackboneGroup
+from .matching import WeightMatching, assign
 from .spaces import RESIDUAL, ExpertTransforms, HeadOrder, Spaces, Transform, head_groups
 
 
@@ -77,8 +77,8 @@ class UnitStatistics:
 
 
 def match_activations(statistics: UnitStatistics, residual: bool = True) -> ExpertTransforms:
-    """Permutations of the second expert's units by the correlation with the first's. Channels of queries and keys keep their
-    order within a head.
+    """Permutations of the second expert's units by the correlation with the first's. Channels of queries and keys, which no
+    layer reads, are matched by weights.
 
     Args:
         statistics ([`UnitStatistics`]): Of the two.
@@ -93,13 +93,19 @@ def match_activations(statistics: UnitStatistics, residual: bool = True) -> Expe
         keeps = name == RESIDUAL and not residual
         order = torch.arange(len(cross), device=cross.device) if keeps else assign(cross)
         transforms.units[name] = Transform.permutation(order)
-    for name in spaces.attention:
-        transforms.heads[name] = _match_heads(spaces, name, _cross(statistics.correlation(name)))
+    first, second = statistics.pair
+    group = statistics.group
+    widths = (group.width(first), group.width(second))
+    weights = WeightMatching(spaces, group.experts[first], group.experts[second], widths)
+    weights.transforms = transforms
+    for name, site in spaces.attention.items():
+        order, values = _match_heads(site, _cross(statistics.correlation(name)))
+        transforms.heads[name] = HeadOrder(order, values, weights.matched_channels(site, order))
     return transforms
 
 
-def _match_heads(spaces: Spaces, name: str, cross: Tensor) -> HeadOrder:
-    site = spaces.attention[name]
+def _match_heads(site: AttentionSite, cross: Tensor) -> tuple[Tensor, Tensor]:
+    """The order of groups of heads, and of the channels of their values."""
     groups, size = head_groups(site), site.head_size
     blocks = cross.reshape(len(site.values.starts), size, len(site.values.starts), size)
     similarity = torch.zeros(len(groups), len(groups))
@@ -113,8 +119,7 @@ def _match_heads(spaces: Spaces, name: str, cross: Tensor) -> HeadOrder:
     for new, ours in enumerate(groups):
         theirs = groups[int(order[new])]
         values.append(assign(sum(blocks[x, :, y] for x, y in zip(ours, theirs, strict=True))))
-    inner = torch.arange(size, device=cross.device).expand(len(groups), size)
-    return HeadOrder(order, torch.stack(values), inner)
+    return order, torch.stack(values)
 
 
 def zip_units(correlation: Tensor, budget: float) -> tuple[Transform, Transform]:

@@ -72,7 +72,7 @@ class ZipItConfig(AlignmentConfig):
 @dataclass
 class OtFusionConfig(AlignmentConfig):
     """Model fusion by optimal transport (arXiv 1910.05653): units are mixtures of the other expert's units, by entropic
-    transport between their weights. Experts may differ in width.
+    transport between their weights. Heads of attention are paired one by one.
 
     Args:
         regularization (`float`): Of the transport; small values come near to an assignment.

@@ -50,7 +50,7 @@ class WeightMatching:
         spaces ([`Spaces`]): Of the backbone.
         reference, expert (`Mapping`): Parameters, float32.
         widths (`tuple[int, int]`): Of the two residual streams.
-        soft (`float`, *optional*): Transport with this regularisation instead of assignments. Then heads stay where they are.
+        soft (`float`, *optional*): Transport with this regularisation instead of assignments, for all but heads.
         residual (`bool`): Also match the residual stream.
     """
 
@@ -75,13 +75,16 @@ class WeightMatching:
         Args:
             sweeps (`int`): At most so many rounds.
         """
+        if self.residual:
+            # The tables do not depend on any other space: a first guess that the other spaces build on.
+            tables = _table_similarity(self.spaces.topology, self.reference, self.expert, self.widths)
+            self.transforms.units[RESIDUAL] = self._match(tables)
         for _ in range(sweeps):
             before = self.transforms.units[RESIDUAL].to
             for space in self.spaces.hidden.values():
                 self.transforms.units[space.name] = self._match(self._hidden_similarity(space))
-            if self.soft is None:
-                for name, site in self.spaces.attention.items():
-                    self.transforms.heads[name] = self._match_heads(site)
+            for name, site in self.spaces.attention.items():
+                self.transforms.heads[name] = self._match_heads(site)
             if not self.residual:
                 break
             self.transforms.units[RESIDUAL] = self._match(self._residual_similarity())
@@ -128,18 +131,27 @@ class WeightMatching:
 
     def _match_heads(self, site: AttentionSite) -> HeadOrder:
         """Groups of heads by what they compute (invariant to the order of channels within), then channels within heads."""
-        groups, size = head_groups(site), site.head_size
         ours, theirs = self._head_blocks(site)
         similarity = torch.tensor([[_circuit_similarity(a, b) for b in theirs] for a in ours])
         order = assign(similarity)
-        device = order.device
-        values, matched = [], []
-        for new in range(len(groups)):
-            a, b = ours[new], theirs[int(order[new])]
-            values.append(assign(a.value @ b.value.mT + a.output.mT @ b.output))
-            inner = torch.arange(size, device=device)
-            matched.append(inner if site.is_rotary else assign(sum(x @ y.mT for x, y in zip(a.matched, b.matched))))
-        return HeadOrder(order, torch.stack(values), torch.stack(matched))
+        pairs = [(a, theirs[int(k)]) for a, k in zip(ours, order, strict=True)]
+        values = [assign(a.value @ b.value.mT + a.output.mT @ b.output) for a, b in pairs]
+        return HeadOrder(order, torch.stack(values), self.matched_channels(site, order))
+
+    def matched_channels(self, site: AttentionSite, order: Tensor) -> Tensor:
+        """The order of the channels of queries and keys within each head, (groups, head size). Rotary positions fix it.
+
+        Args:
+            site ([`AttentionSite`]): The attention layer.
+            order (`torch.Tensor`): The expert's group of heads for each of the reference's.
+        """
+        if site.is_rotary:
+            return torch.arange(site.head_size, device=order.device).expand(len(order), -1)
+        ours, theirs = self._head_blocks(site)
+        pairs = [(a, theirs[int(k)]) for a, k in zip(ours, order, strict=True)]
+        return torch.stack(
+            [assign(sum(x @ y.mT for x, y in zip(a.matched, b.matched, strict=True))) for a, b in pairs]
+        )
 
     def _head_blocks(self, site: AttentionSite) -> tuple[list[_HeadBlock], list[_HeadBlock]]:
         """The weights of every group of heads, in the reference and in the expert (there in the reference's residual units)."""

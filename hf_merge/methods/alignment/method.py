@@ -52,8 +52,6 @@ class ZipIt(AlignmentMethod):
 class OtFusion(AlignmentMethod):
     """Soft assignments by transport of weights."""
 
-    changes_width = True
-
     def transforms(self, group: BackboneGroup, spaces: Spaces) -> list[ExpertTransforms | None]:
         settings: OtFusionConfig = group.settings
         return by_weights(group, spaces, soft=settings.regularization, residual=settings.residual)

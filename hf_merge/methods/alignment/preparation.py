@@ -46,7 +46,7 @@ def check_equal_shapes(group: BackboneGroup, what: str) -> None:
             if expert[key].shape != value.shape:
                 raise ConfigError(
                     f"'{what}' pairs units one by one, but '{key}' is {tuple(value.shape)} in '{group.expert_names[0]}' and "
-                    f"{tuple(expert[key].shape)} in '{name}': use 'ot_fusion', or 'fs_merge' with init='first'."
+                    f"{tuple(expert[key].shape)} in '{name}': use 'fs_merge' with init='first'."
                 )
 
 

@@ -28,6 +28,7 @@ class FeatureTrainingConfig(MergeConfig):
         lr_scheduler (`str`): `"cosine"` to zero, or `"constant"`, after the warm-up.
         warmup_ratio (`float`): The part of the updates over which the learning rate rises.
         max_grad_norm (`float`, *optional*): Gradients are clipped to this norm.
+        feature_weight (`float`): Weight of the squared error of the features, relative to their variance.
         inner_weight (`float`): Weight of the loss on what the layers inside read, beside the loss on the features; 0: off.
         logit_weight (`float`): Weight of the divergence of the predictions that the expert's own head makes of the two features.
         validation_split (`float`): The part of each task's samples that is held out; the state with the best loss there is kept.
@@ -55,6 +56,7 @@ class FeatureTrainingConfig(MergeConfig):
     lr_scheduler: str = setting("cosine", "'cosine' or 'constant'.", choices=("cosine", "constant"), scope="merge")
     warmup_ratio: float = setting(0.1, "Part of the updates that warms up.", minimum=0, maximum=1, scope="merge")
     max_grad_norm: float | None = setting(None, "Clip gradients.", type=float, above=0, scope="merge")
+    feature_weight: float = setting(1.0, "Weight of the loss on the features.", minimum=0, scope="merge")
     inner_weight: float = setting(0.0, "Weight of the loss inside the model.", minimum=0, scope="merge")
     logit_weight: float = setting(0.0, "Weight of the loss on predictions.", minimum=0, scope="merge")
     validation_split: float = setting(0.0, "Part of the samples held out.", minimum=0, maximum=0.9, scope="merge")

@@ -238,7 +238,7 @@ class FeatureTraining:
         if self.group.maps[task] is not None:
             found = self.group.maps[task](found)
         variance, inner_variances = self.scales[task]
-        loss = _mean_square(found - target, mask) / variance
+        loss = self.settings.feature_weight * _mean_square(found - target, mask) / variance
         if self.settings.logit_weight and self.group.taps[task] is not None:
             loss = loss + self.settings.logit_weight * self._divergence(task, inputs, output, found, target, mask)
         for name in self._sites:
