@@ -63,6 +63,8 @@ _EXPORTS = {
     "methods.direct_train": ["DirectTrainConfig"],
     "methods.distill_merge": ["DirectDistillConfig", "DistillMergeConfig"],
     "methods.fisher": ["FisherConfig"],
+    "methods.fs_merge": ["FsMergeConfig", "KdConfig"],
+    "methods.alignment": ["GitRebasinConfig", "OtFusionConfig", "ZipItConfig"],
     "methods.mats": ["MatsConfig"],
     "methods.ace": ["AceConfig"],
     "methods.isotropic": ["IsoCConfig", "IsoCtsConfig"],

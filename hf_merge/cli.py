@@ -112,8 +112,17 @@ def plan(
 ) -> None:
     """Show what a merge would do, from headers alone; exit code 2 if it cannot run."""
     merger = _merger(recipe, method, expert, base, settings, dtype, None, trust_remote_code)
-    typer.echo(json.dumps(merger.plan.to_dict()) if as_json else str(merger.plan))
-    merger.check(out)
+    problems = merger.problems(out)
+    if as_json:
+        typer.echo(json.dumps(merger.plan.to_dict() | {"problems": problems}))
+    else:
+        typer.echo(str(merger.plan))
+        for problem in problems[len(merger.plan.problems) :]:
+            typer.echo(f"  PROBLEM: {problem}")
+    if problems:
+        message = problems[0] if len(problems) == 1 else f"{len(problems)} problems, see the plan"
+        typer.echo(f"error: {message}", err=True)
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -264,6 +273,7 @@ def _assignments(values: list[str] | None) -> dict[str, Any]:
 def main() -> None:
     """The entry point: errors of hf_merge become one line on standard error and exit code 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.captureWarnings(True)
     try:
         app()
     except MergeError as error:

@@ -106,6 +106,8 @@ class MergeConfig(HubMixin):
         self.exclude = _regexes("exclude", self.exclude)
         for name, spec in settings_of(self).items():
             spec.check(f"{type(self).__name__}.{name}", getattr(self, name))
+            if spec.type is int and isinstance(getattr(self, name), float):
+                setattr(self, name, int(getattr(self, name)))
         if not isinstance(self.rules, (list, tuple)):
             raise ConfigError(
                 f"{type(self).__name__}.rules must be a list of dictionaries, got {type(self.rules).__name__}."
@@ -142,10 +144,20 @@ class MergeConfig(HubMixin):
                 f"{type(self).__name__}.then must be a list of recipes (dictionaries), got {self.then!r}."
             )
         where = f"{type(self).__name__}.then"
+        for index, step in enumerate(self.then):
+            for key in ("then", "heads", "dtype", "tokenizer", "chat_template", "experts", "base_model"):
+                if step.get(key):
+                    raise ConfigError(
+                        f"{where}[{index}]: '{key}' belongs to the recipe as a whole, not to a step of 'then'."
+                    )
         return [
             MergeConfig.from_dict({"seed": self.seed} | dict(step), origin=f"{where}[{index}]")
             for index, step in enumerate(self.then)
         ]
+
+    def inner_recipes(self) -> list[MergeConfig]:
+        """The recipes of other methods that this method carries out on the same models."""
+        return []
 
     # -- per-parameter resolution ---------------------------------------------------------------------------------
 

@@ -11,8 +11,21 @@ from .errors import CheckpointError
 
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
-_WEIGHT_FREE = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.vocab", "merges*"]
-_WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"]
+_OTHER_FILES = [
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.py",
+    "*.vocab",
+    "*.bpe",
+    "*.codes",
+    "*.tiktoken",
+    "merges*",
+    "README.md",
+]
+_SAFE_WEIGHTS = ["model*.safetensors", "*/model*.safetensors"]
+_TORCH_WEIGHTS = ["pytorch_model*.bin", "*/pytorch_model*.bin"]
 
 
 class HubMixin:
@@ -122,13 +135,11 @@ def fetch_file(name_or_path: str | Path, filename: str, **hub_kwargs) -> Path:
         raise CheckpointError(_unreachable(name_or_path, error)) from error
 
 
-def fetch_folder(name_or_path: str | Path, *, weights: bool = True, **hub_kwargs) -> tuple[Path, str | None]:
+def fetch_folder(name_or_path: str | Path, **hub_kwargs) -> tuple[Path, str | None]:
     """The local folder of a model and, for a Hub repository, the commit that its revision resolved to.
 
     Args:
         name_or_path (`str` or `Path`): A folder or a Hub id.
-        weights (`bool`): Whether weight files are wanted too. safetensors are preferred: `.bin` files are only
-            downloaded when the repository has no safetensors.
         hub_kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, `subfolder`.
 
     Raises:
@@ -143,13 +154,11 @@ def fetch_folder(name_or_path: str | Path, *, weights: bool = True, **hub_kwargs
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    patterns = _WEIGHT_FREE + (_WEIGHTS[:2] if weights else [])
+    name = os.fspath(name_or_path)
     try:
-        folder = Path(snapshot_download(os.fspath(name_or_path), allow_patterns=patterns, **hub_kwargs))
-        if weights and not any((folder / subfolder).glob("*.safetensors")):
-            folder = Path(
-                snapshot_download(os.fspath(name_or_path), allow_patterns=_WEIGHT_FREE + _WEIGHTS, **hub_kwargs)
-            )
+        folder = Path(snapshot_download(name, allow_patterns=_OTHER_FILES + _SAFE_WEIGHTS, **hub_kwargs))
+        if not any((folder / subfolder).glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=_OTHER_FILES + _TORCH_WEIGHTS, **hub_kwargs))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(_unreachable(name_or_path, error)) from error
     return folder / subfolder, folder.name

@@ -82,7 +82,7 @@ class Merger(HubMixin):
             config ([`MergeConfig`], *optional*): The recipe. `WudiConfig()` when a base model is known, `LinearConfig()`
                 otherwise.
             base_model (*optional*): The model that the experts were fine-tuned from. When not given: the recipe's, or the one
-                that the model cards of all experts agree on.
+                that the model cards of all experts agree on, when the method needs one or none was chosen.
             dtype (`str` or `torch.dtype`, *optional*): The dtype of the merged weights; the first expert's by default.
             device_map (`str` or `dict`, *optional*): Where the arithmetic is done: `"cpu"` (default), `"auto"`, `"cuda:0"`, or a
                 dictionary from module-name prefixes to devices.
@@ -107,7 +107,8 @@ class Merger(HubMixin):
         if base_model is None and config is not None:
             base_model = config.base_model
         placement = Placement(device_map)
-        sources, base = Opening(trust_remote_code, hub_kwargs).models(experts, base_model)
+        infer = config is None or get_merge_method(config.merge_type).method_cls.requires_base
+        sources, base = Opening(trust_remote_code, hub_kwargs).models(experts, base_model, infer)
         config = copy.deepcopy(config) if config is not None else default_config(base is not None)
         if dtype is not None:
             config.dtype = str(dtype).removeprefix("torch.")
@@ -138,11 +139,17 @@ class Merger(HubMixin):
         Raises:
             PlanError: Lists all problems at once.
         """
-        self._raise(self._problems(Path(save_directory) if save_directory is not None else None))
+        self._raise(self.problems(save_directory))
         return self.plan
 
-    def _problems(self, folder: Path | None) -> list[str]:
-        return self.plan.problems + (check_output(folder, self.plan.nbytes) if folder is not None else [])
+    def problems(self, save_directory: str | os.PathLike | None = None) -> list[str]:
+        """What [`~Merger.check`] would raise, as a list of sentences; empty when the merge can run.
+
+        Args:
+            save_directory (`str`, *optional*): Also check that this folder can be written.
+        """
+        folder = [] if save_directory is None else check_output(Path(save_directory), self.plan.nbytes)
+        return self.plan.problems + folder
 
     @staticmethod
     def _raise(problems: list[str]) -> None:
@@ -189,7 +196,7 @@ class Merger(HubMixin):
         """Checks everything and chooses the engine."""
         data = CalibrationData.of(data) if data is not None else None
         problems = find_data_problems(self.plan, data, callbacks is not None or args is not None)
-        self._raise(self._problems(folder) + problems)
+        self._raise(self.problems(folder) + problems)
         if data is None:
             return self.plan, choose_engine(self.plan, self.placement)
         from .training.monitor import engine_options
@@ -200,7 +207,7 @@ class Merger(HubMixin):
         return self.plan, choose_engine(self.plan, self.placement, data, options)
 
     def model_for(self, task: str) -> PreTrainedModel:
-        """The merged backbone under one expert's own head.
+        """The merged backbone under one expert's own head; where the experts' heads were merged, the merged model.
 
         Args:
             task (`str`): The expert's name.
@@ -211,6 +218,10 @@ class Merger(HubMixin):
         names = [source.name for source in self.experts]
         if task not in names:
             raise ConfigError(f"No expert is called '{task}'.{suggest(task, names)} Experts: {', '.join(names)}.")
+        if self.config.heads == "first" and task != names[0]:
+            raise ConfigError(
+                f"heads='first' kept the head of '{names[0]}' only: use heads='per_task' to keep that of '{task}'."
+            )
         model = self.model if self.model is not None else self.merge()
         head = self.plan.heads.get(task)
         if head is None:
@@ -253,7 +264,13 @@ class Merger(HubMixin):
             PlanError: The models cannot be merged or the folder cannot be written; lists every reason.
             OutputError: Writing failed; nothing is left behind.
         """
-        folder = Path(save_directory)
+        folder = Path(save_directory).absolute()
+        unknown = sorted(set(kwargs) - set(_UPLOAD_ARGUMENTS))
+        if unknown or (kwargs and not push_to_hub):
+            name = (unknown or sorted(kwargs))[0]
+            known = ("data", "callbacks", "args", "max_shard_size", "push_to_hub", "repo_id", *_UPLOAD_ARGUMENTS)
+            hint = suggest(name, known) if unknown else " It is for the upload: set push_to_hub=True."
+            raise ConfigError(f"Merger.save_pretrained cannot use the argument '{name}'.{hint}")
         if self.model is not None:
             if data is not None:
                 raise ConfigError("The models are merged already, the samples would not be used: leave 'data' out.")
@@ -304,6 +321,9 @@ _ARGUMENTS = (
     "token",
     "cache_dir",
 )
+
+
+_UPLOAD_ARGUMENTS = ("commit_message", "private", "token", "revision", "create_pr")
 
 
 class _StateDict:

@@ -182,7 +182,7 @@ class Setting:
     def _scalar(self, where: str, value: Any, depth: float) -> Any:
         if isinstance(value, Mapping):
             return self._interpolate([self._scalar(where, point, depth) for point in value["gradient"]], depth)
-        return value
+        return int(value) if self.type is int and isinstance(value, float) else value
 
     def _interpolate(self, points: Sequence[float], depth: float) -> float:
         position = depth * (len(points) - 1)

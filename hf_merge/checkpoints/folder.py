@@ -19,11 +19,12 @@ from torch import Tensor
 from torch import uint8 as torch_uint8
 from typing_extensions import Self
 
-from ..errors import OutputError
+from ..errors import MergeError, OutputError
 from .layout import CheckpointLayout, ShardLayout
 
 
 _PROGRESS = "progress.json"
+CONFIG_MARK = "merge_config.json"
 
 
 def check_output(folder: Path, nbytes: int) -> list[str]:
@@ -34,11 +35,18 @@ def check_output(folder: Path, nbytes: int) -> list[str]:
         nbytes (`int`): The size of what will be written.
     """
     problems = []
-    if folder.is_file() or folder.is_symlink() and not folder.exists():
+    folder = folder.absolute()
+    if folder.is_symlink() or os.path.ismount(folder) or folder == Path.cwd():
+        reason = (
+            f"The output '{folder}' is a link, a mount point or the current folder, which cannot be replaced in one step. "
+            f"Choose a new folder inside it, such as '{folder / 'merged'}'."
+        )
+        return [reason]
+    if folder.is_file():
         problems.append(f"The output '{folder}' is a file: choose another folder.")
     elif folder.is_dir() and any(folder.iterdir()):
         problems.append(f"The output folder '{folder}' is not empty: choose another one, or remove it first.")
-    parent = next((path for path in folder.absolute().parents if path.exists()), None)
+    parent = next((path for path in folder.parents if path.exists()), None)
     if parent is None or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         problems.append(f"The output folder '{folder}' cannot be made: '{parent}' is not a writable folder.")
         return problems
@@ -102,6 +110,8 @@ class OutputFolder:
         if isinstance(error, Exception):
             shutil.rmtree(self.partial, ignore_errors=True)
         self._unlock()
+        if isinstance(error, OSError) and not isinstance(error, MergeError):
+            raise _output_error(self.folder, error) from error
 
     def _unlock(self) -> None:
         """The lock lies beside the folder, so that it is held until the folder has been renamed or removed."""
@@ -111,6 +121,11 @@ class OutputFolder:
 
     def _recover(self) -> None:
         record = self.partial / _PROGRESS
+        entries = {path.name for path in self.partial.iterdir()}
+        if entries and not entries & {_PROGRESS, CONFIG_MARK}:
+            raise OutputError(
+                f"'{self.partial}' was not made by a merge: move it away, or choose another output folder."
+            )
         known = None
         if record.is_file():
             try:
@@ -168,15 +183,14 @@ class OutputFolder:
             index = self.layout.index()
             if index is not None:
                 self.write_json("model.safetensors.index.json", index)
-            (self.partial / _PROGRESS).unlink()
             for path in self.partial.rglob("*"):
-                if path.is_file():
-                    _sync(path)
+                _sync(path)
             self._rename()
         except OSError as error:
             raise _output_error(self.folder, error) from error
 
     def _rename(self) -> None:
+        (self.partial / _PROGRESS).unlink()
         _sync(self.partial)
         if self.folder.is_dir():
             self.folder.rmdir()  # empty, or this raises

@@ -105,19 +105,22 @@ def _listed_vocabulary(text: str) -> dict[str, int]:
 _TABLES = {"tokenizer.json": _fast_vocabulary, "vocab.json": _json_vocabulary, "vocab.txt": _listed_vocabulary}
 
 
-def compare_vocabularies(first: dict[str, int], second: dict[str, int]) -> str | None:
-    """What differs, in words, or `None` when the tables are equal."""
-    if first == second:
-        return None
-    moved = next((token for token in first if token in second and first[token] != second[token]), None)
+def moved_tokens(first: dict[str, int], second: dict[str, int]) -> str:
+    """Tokens that have other ids in the two tables, in words; empty when there are none."""
+    moved = [token for token, index in first.items() if second.get(token, index) != index]
+    names = {index: token for token, index in second.items()}
+    moved += [token for token, index in first.items() if token not in second and names.get(index, token) != token]
+    if not moved:
+        return ""
+    token = moved[0]
+    there = second.get(token, f"absent, {first[token]} being {names.get(first[token])!r}")
+    return f"{len(moved)} token(s) have other ids (e.g. {token!r} is {first[token]} and {there})"
+
+
+def added_tokens(first: dict[str, int], second: dict[str, int]) -> str:
+    """Tokens that exist in one of the tables only, in words; empty when there are none."""
     only_first, only_second = _count_missing(first, second), _count_missing(second, first)
-    parts = []
-    if moved is not None:
-        total = sum(1 for token, index in first.items() if second.get(token, index) != index)
-        parts.append(f"{total} token(s) have other ids (e.g. {moved!r} is {first[moved]} and {second[moved]})")
-    if only_first or only_second:
-        parts.append(f"{only_first} and {only_second} token(s) exist in one only")
-    return ", ".join(parts)
+    return f"{only_first} and {only_second} token(s) exist in one only" if only_first or only_second else ""
 
 
 def _count_missing(tokens: Iterable[str], other: dict[str, int]) -> int:

@@ -43,13 +43,17 @@ class ModelReference:
     subfolder: str | None = None
 
     def to_dict(self) -> dict[str, str]:
-        return {key: value for key, value in vars(self).items() if value is not None}
+        return {key: value for key, value in vars(self).items() if value is not None or key == "model"}
 
     @classmethod
     def parse(cls, value: Any, where: str) -> ModelReference:
         """From a string or a dictionary with the keys `model`, `revision`, `subfolder`."""
         if isinstance(value, (str, Path)) and str(value):
             return cls(str(value))
+        if isinstance(value, Mapping) and value.get("model", "") is None:
+            raise ConfigError(
+                f"{where} was a model in memory when the recipe was written: pass it again, as a path or a model."
+            )
         if (
             isinstance(value, Mapping)
             and isinstance(value.get("model"), str)
@@ -75,6 +79,7 @@ class ModelSource:
         generation_config ([`~transformers.GenerationConfig`], *optional*): As saved beside the weights.
         live ([`~transformers.PreTrainedModel`], *optional*): The model itself, when it was passed in memory; the names in
             `storage` are module names then.
+        notes (`list[str]`): What the plan of a merge should say about this model.
     """
 
     name: str
@@ -85,6 +90,7 @@ class ModelSource:
     folder: Path | None = None
     generation_config: GenerationConfig | None = None
     live: PreTrainedModel | None = None
+    notes: list[str] = field(default_factory=list)
     _cache: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
@@ -248,7 +254,7 @@ def _from_folder(name: str, reference: ModelReference, trust_remote_code: bool, 
     config = load_config(folder, where, trust_remote_code)
     return ModelSource(
         name=name,
-        reference=ModelReference(reference.model, commit or reference.revision, reference.subfolder),
+        reference=ModelReference(reference.model, commit, reference.subfolder),
         config=config,
         model_class=model_class_of(config, where, trust_remote_code),
         storage=open_storage(folder),
@@ -279,6 +285,8 @@ def _from_model(name: str, model: PreTrainedModel) -> ModelSource:
 
 
 def _from_state_dict(name: str, state: Mapping[str, Tensor], template: ModelSource | None) -> ModelSource:
+    if not state:
+        raise ConfigError(f"'{name}' is an empty dictionary: give a state dict, a path or a model.")
     if template is None:
         raise ConfigError(
             f"'{name}' is a state dict, which says nothing about its architecture: give at least one model as a path or a "

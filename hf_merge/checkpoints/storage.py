@@ -112,30 +112,14 @@ class SafetensorsStorage(Storage):
     def __init__(self, files: Mapping[str, Path], expected: Mapping[str, str] | None = None):
         self.files = dict(files)
         self.spans: dict[str, _Span] = {}
+        found: dict[str, Path] = {}
         for path in self.files.values():
             for key, span in _header(path).items():
-                if key in self.spans:
-                    raise CheckpointError(
-                        f"The tensor '{key}' is stored twice, in '{self.spans[key].path}' and in '{path}': remove the stale file."
-                    )
+                _refuse_duplicate(key, found, path)
+                found[key] = path
                 self.spans[key] = span
-        if expected is not None:
-            self._compare(expected)
+        _compare_with_index(found, self.files, expected)
         self.infos = {key: span.info for key, span in self.spans.items()}
-
-    def _compare(self, expected: Mapping[str, str]) -> None:
-        for key, filename in expected.items():
-            span = self.spans.get(key)
-            if span is None or span.path != self.files[filename]:
-                raise CheckpointError(
-                    f"The index says that '{key}' is in '{self.files[filename]}', but it is not there."
-                )
-        extra = sorted(set(self.spans) - set(expected))
-        if extra:
-            raise CheckpointError(
-                f"'{self.spans[extra[0]].path}' holds '{extra[0]}', which the index beside it does not list "
-                f"({len(extra)} such tensor(s)): the shards and the index are of different models."
-            )
 
     def read(self, key: str) -> Tensor:
         span = self.spans[key]
@@ -188,13 +172,13 @@ class TorchStorage(Storage):
     def __init__(self, files: Mapping[str, Path], expected: Mapping[str, str] | None = None):
         self.files = dict(files)
         self.tensors: dict[str, Tensor] = {}
+        found: dict[str, Path] = {}
         for path in self.files.values():
-            self.tensors.update(_load_torch(path))
-        for key, filename in (expected or {}).items():
-            if key not in self.tensors:
-                raise CheckpointError(
-                    f"The index says that '{key}' is in '{self.files[filename]}', but it is not there."
-                )
+            for key, tensor in _load_torch(path).items():
+                _refuse_duplicate(key, found, path)
+                found[key] = path
+                self.tensors[key] = tensor
+        _compare_with_index(found, self.files, expected)
         self.infos = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in self.tensors.items()}
 
     def read(self, key: str) -> Tensor:
@@ -239,6 +223,36 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
                 f"'{path}': '{key}' is a {value.layout} tensor of {value.dtype}, which cannot be merged."
             )
     return dict(loaded)
+
+
+def _refuse_duplicate(key: str, found: Mapping[str, Path], path: Path) -> None:
+    if key in found:
+        raise CheckpointError(
+            f"The tensor '{key}' is stored twice, in '{found[key]}' and in '{path}': remove the stale file."
+        )
+
+
+def _compare_with_index(
+    found: Mapping[str, Path], files: Mapping[str, Path], expected: Mapping[str, str] | None
+) -> None:
+    """Refuses shards that do not hold what their index says.
+
+    Args:
+        found (`Mapping[str, Path]`): Where each tensor is.
+        files (`Mapping[str, Path]`): The shards by file name.
+        expected (`Mapping[str, str]`, *optional*): The index: tensor -> file name. `None` for a single file.
+    """
+    if expected is None:
+        return
+    for key, filename in expected.items():
+        if found.get(key) != files[filename]:
+            raise CheckpointError(f"The index says that '{key}' is in '{files[filename]}', but it is not there.")
+    extra = sorted(set(found) - set(expected))
+    if extra:
+        raise CheckpointError(
+            f"'{found[extra[0]]}' holds '{extra[0]}', which the index beside it does not list ({len(extra)} such tensor(s)): "
+            "the shards and the index are of different models."
+        )
 
 
 def open_storage(folder: Path) -> Storage:

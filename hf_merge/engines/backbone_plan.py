@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PretrainedConfig
 
-from ..checkpoints.processors import compare_vocabularies, vocabulary_of
+from ..checkpoints.processors import moved_tokens, vocabulary_of
 from ..checkpoints.source import ModelReference, ModelSource
 from ..checkpoints.storage import Storage, TensorInfo
 from ..config import MergeConfig
@@ -149,7 +149,7 @@ def _token_differences(first: ModelSource, other: ModelSource) -> list[str]:
     tables = [vocabulary_of(source.folder) if source.folder is not None else None for source in (first, other)]
     if None in tables:
         return []
-    difference = compare_vocabularies(*tables)
+    difference = moved_tokens(*tables)
     if not difference:
         return []
     return [f"The tokenizers of {first} and {other} differ: {difference}. Bring the models to one tokenizer first."]

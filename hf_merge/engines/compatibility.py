@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..checkpoints.processors import compare_vocabularies, vocabulary_of
+from ..checkpoints.processors import added_tokens, moved_tokens, vocabulary_of
 from ..checkpoints.source import ModelSource
 
 
@@ -108,7 +108,9 @@ def _compare_tokenizers(sources: Sequence[ModelSource], found: Incompatibilities
     known = [(source, table) for source, table in tables if table is not None]
     for other, table in known[1:]:
         first, reference = known[0]
-        difference = compare_vocabularies(reference, table)
+        difference = moved_tokens(reference, table)
+        if not difference and (added := added_tokens(reference, table)):
+            found.notes.append(f"the tokenizers of {first} and {other} differ: {added}")
         if difference:
             found.problems.append(
                 f"The tokenizers of {first} and {other} differ: {difference}. Row k of the embeddings would mean different "

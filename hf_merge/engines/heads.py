@@ -81,7 +81,18 @@ def plan_heads(policy: str, experts: Sequence[ModelSource], dtype: torch.dtype |
         }
         if difference:
             decision.notes.append(f"heads are kept per task: {difference}")
+    elif policy == "auto" and len(experts) > 1 and _generic(experts[0]):
+        decision.notes.append(
+            "the heads have the same shapes and no label names to tell tasks apart: they are merged into one "
+            "(heads='per_task' keeps each)"
+        )
     return decision
+
+
+def _generic(source: ModelSource) -> bool:
+    """Whether a classifier's labels are the default names, which say nothing about its task."""
+    labels = _labels(source)
+    return bool(labels) and all(name == f"LABEL_{index}" for index, name in labels.items())
 
 
 def _head_of(source: ModelSource) -> dict[str, TensorInfo]:

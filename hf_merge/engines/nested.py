@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoints.conversion import NameMap
+from ..checkpoints.conversion import Converter, NameMap
 from ..checkpoints.source import ModelReference, ModelSource
 from ..checkpoints.storage import TensorInfo
 from ..errors import ConfigError
@@ -52,7 +52,14 @@ class MergedSource(ModelSource):
             live=target.live,
         )
         source.plan = plan
+        source.notes = [f"in '{name}': {note}" for note in plan.notes]
+        if plan.heads:
+            source.notes.append(f"in '{name}': only the head of '{target.name}' is used, the others are left out")
         return source
+
+    @cached_property
+    def converter(self) -> Converter:
+        return self.plan.target.converter
 
     def __str__(self) -> str:
         return f"'{self.name}' (merged by '{self.plan.config.merge_type}')"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.source import ModelReference, ModelSource, open_source
+from ..checkpoints.source import ModelSource, open_source
 from ..config import MergeConfig
 from ..errors import ConfigError, MergeError, PlanError
 from .nested import MergedSource
 from .plan import build_plan
 from .slices import LayerSlice, SlicedSource
 
+
+logger = logging.getLogger(__name__)
 
 BASE_NAME = "base"
 RECIPE_KEY = "merge"
@@ -44,9 +47,13 @@ class Opening:
 
     def _nested(self, name: str, model: Mapping[str, Any]) -> ModelSource:
         recipe = model[RECIPE_KEY]
+        if not isinstance(recipe, (MergeConfig, Mapping)):
+            raise ConfigError(
+                f"'{name}': '{RECIPE_KEY}' must be a recipe (a dictionary or a MergeConfig), got {recipe!r}."
+            )
         if not isinstance(recipe, MergeConfig):
             recipe = MergeConfig.from_dict(recipe, origin=f"The recipe of '{name}'")
-        experts, base = self.models(recipe.experts or {}, recipe.base_model)
+        experts, base = self.models(recipe.experts or {}, recipe.base_model, infer=False)
         return MergedSource.of_plan(name, build_plan(recipe, experts, base).check())
 
     def _sliced(self, name: str, slices: Any) -> ModelSource:
@@ -66,10 +73,10 @@ class Opening:
             pieces.append(LayerSlice(opened[key], *bounds))
         return SlicedSource.of_slices(name, pieces)
 
-    def models(self, experts: Any, base_model: Any) -> tuple[list[ModelSource], ModelSource | None]:
-        """Opens experts and base; the base is inferred where it is not given and can be."""
+    def models(self, experts: Any, base_model: Any, infer: bool) -> tuple[list[ModelSource], ModelSource | None]:
+        """Opens experts and base. With `infer` a base that is not given is looked up in the experts' model cards."""
         sources = self._experts(name_experts(experts))
-        if base_model is None:
+        if base_model is None and infer:
             base_model = infer_base(sources)
         base = self.model(BASE_NAME, base_model, sources[0]) if base_model is not None else None
         return sources, base
@@ -112,7 +119,9 @@ def name_experts(experts: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
         for index, expert in enumerate(experts):
             stem = Path(expert).name if isinstance(expert, (str, Path)) else f"expert_{index}"
             stem = re.sub(r"[^A-Za-z0-9._-]", "_", stem) or f"expert_{index}"
-            named[stem if stem not in named and stem != BASE_NAME else f"{stem}_{index}"] = expert
+            while stem in named or stem == BASE_NAME:
+                stem = f"{stem}_{index}"
+            named[stem] = expert
         experts = named
     for name in experts:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) or name == BASE_NAME:
@@ -122,18 +131,25 @@ def name_experts(experts: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
     return dict(experts)
 
 
-def infer_base(experts: Sequence[ModelSource]) -> ModelReference | None:
+def infer_base(experts: Sequence[ModelSource]) -> str | None:
     """The base model that the model cards of all experts name, if they agree on one that is not an expert itself."""
+    bases = {_base_of_card(source) for source in experts}
+    base = bases.pop() if len(bases) == 1 else None
+    return None if base in [source.reference.model for source in experts] else base
+
+
+def _base_of_card(source: ModelSource) -> str | None:
+    import yaml
     from huggingface_hub import ModelCard
 
-    bases = set()
-    for source in experts:
-        card = source.folder / "README.md" if source.folder is not None else None
-        if card is None or not card.is_file():
-            return None
-        named = ModelCard.load(card, ignore_metadata_errors=True).data.base_model
-        bases.add(named if isinstance(named, str) else None)
-    base = bases.pop() if len(bases) == 1 else None
-    if base is None or base in [source.reference.model for source in experts]:
+    card = source.folder / "README.md" if source.folder is not None else None
+    if card is None or not card.is_file():
         return None
-    return ModelReference(base)
+    try:
+        named = ModelCard.load(card, ignore_metadata_errors=True).data.base_model
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        logger.warning("The model card '%s' cannot be read (%s): the base model is not looked up there.", card, error)
+        return None
+    if isinstance(named, list) and len(named) == 1:
+        named = named[0]
+    return named if isinstance(named, str) else None

@@ -7,6 +7,7 @@ of them at once, before a weight is read.
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -195,6 +196,7 @@ def build_plan(config: MergeConfig, experts: Sequence[ModelSource], base: ModelS
     """
     plan = MergePlan(config, list(experts), base)
     _check_method(plan)
+    plan.notes += [note for source in plan.sources for note in source.notes]
     incompatibilities = find_incompatibilities(plan.experts, base)
     plan.problems += incompatibilities.problems
     plan.notes += incompatibilities.notes
@@ -220,6 +222,13 @@ def _check_method(plan: MergePlan) -> None:
         if merge_type is not None:
             method = get_merge_method(merge_type).method_cls
             plan.problems += method.refusals(merge_type, len(plan.experts), has_base)
+            if merge_type != plan.config.merge_type and not issubclass(method, TensorMethod):
+                plan.problems.append(
+                    f"A rule chooses '{merge_type}', which needs data: only the recipe's own method may."
+                )
+    for inner in plan.config.inner_recipes():
+        method = get_merge_method(inner.merge_type).method_cls
+        plan.problems += method.refusals(inner.merge_type, len(plan.experts), has_base)
     for step in plan.config.next_recipes():
         method = get_merge_method(step.merge_type).method_cls
         plan.problems += [f"then: {refusal}" for refusal in method.refusals(step.merge_type, 1, has_base)]
@@ -267,12 +276,20 @@ def _plan_parameter(plan: MergePlan, name: str, copied_heads: bool, missing: dic
     base = None
     if plan.base is not None:
         base = plan.base.by_canonical.get(canonical) or _stand_in(plan.base, canonical)
+        if base is not None and info.is_task_head and _shape(plan.base, base) != _shape(plan.target, found[0]):
+            base = None  # another task's head
+        if base is None and info.kind not in (ParameterKind.BUFFER, ParameterKind.HEAD):
+            missing.setdefault(plan.base.name, []).append(name)
     if _shapes_agree(plan, name, found, base):
         plan.parameters.append(_decide(plan, name, found, base))
 
 
+def _shape(source: ModelSource, name: str) -> tuple[int, ...]:
+    return source.parameters[name].shape
+
+
 def _report_missing(plan: MergePlan, missing: dict[str, list[str]]) -> None:
-    for source in plan.experts:
+    for source in plan.sources:
         names = missing.get(source.name)
         if names and source.quantization is None:
             plan.problems.append(
@@ -308,8 +325,17 @@ def _plan_absent(plan: MergePlan, name: str, canonical: str) -> None:
         return
     if plan.base is not None and canonical in plan.base.by_canonical:
         plan.problems.append(f"The parameter '{name}' is stored by the base model but by no expert.")
-    elif name in target.names.missing:
+    elif _may_be_absent(target, name):
         plan.notes.append(f"no model stores '{name}': the result lacks it too")
+    else:
+        plan.problems.append(f"No model stores the parameter '{name}' of {target.model_class.__name__}.")
+
+
+def _may_be_absent(target: ModelSource, name: str) -> bool:
+    """Whether transformers itself expects checkpoints without the parameter, or it belongs to a readout that none has."""
+    ignore = getattr(target.shell, "_keys_to_ignore_on_load_missing", None) or []
+    kind = target.anatomy.parameters[name].kind
+    return kind in (ParameterKind.BUFFER, ParameterKind.HEAD) or any(re.search(pattern, name) for pattern in ignore)
 
 
 def _stand_in(source: ModelSource, canonical: str) -> str | None:
@@ -326,7 +352,8 @@ def _shapes_agree(plan: MergePlan, name: str, found: list[str], base: str | None
         return True
     listing = ", ".join(f"{shape} in '{model}'" for model, shape in shapes.items())
     hint = ""
-    if plan.target.anatomy.parameters[name].kind in (ParameterKind.EMBEDDING, ParameterKind.HEAD):
+    info = plan.target.anatomy.parameters[name]
+    if info.kind in (ParameterKind.EMBEDDING, ParameterKind.HEAD) and not info.is_task_head:
         hint = " The vocabularies differ: give all models the same tokenizer and resize their embeddings first."
     plan.problems.append(f"The shapes of '{name}' differ: {listing}.{hint}")
     return False
@@ -359,10 +386,13 @@ def _decide(plan: MergePlan, name: str, found: list[str], base: str | None) -> P
 
 
 def _quantised_weights(plan: MergePlan, planned: PlannedParameter) -> list[str]:
-    """The experts that store a weight in a format that is no floating-point number to compute with."""
+    """The models that store a weight in a format that is no floating-point number to compute with."""
     is_buffer = planned.kind is ParameterKind.BUFFER
     found = []
-    for source, name in zip(plan.experts, planned.experts, strict=True):
+    pairs = list(zip(plan.experts, planned.experts, strict=True))
+    if planned.base is not None:
+        pairs.append((plan.base, planned.base))
+    for source, name in pairs:
         dtype = source.parameters[name].dtype
         if dtype in _UNMERGEABLE or not (dtype.is_floating_point or is_buffer):
             dtype_name = str(dtype).removeprefix("torch.")
@@ -373,7 +403,11 @@ def _quantised_weights(plan: MergePlan, planned: PlannedParameter) -> list[str]:
 def _resolve(plan: MergePlan, planned: PlannedParameter) -> None:
     try:
         planned.settings = plan.config.resolve(planned.name, planned.depth, [source.name for source in plan.experts])
-        planned.then = [step.resolve(planned.name, planned.depth, ["merged"]) for step in plan.config.next_recipes()]
+        planned.then = [
+            step.resolve(planned.name, planned.depth, ["merged"])
+            for step in plan.config.next_recipes()
+            if step.selects(planned.name)
+        ]
     except ConfigError as error:
         if str(error) not in plan.problems:
             plan.problems.append(str(error))
@@ -400,7 +434,10 @@ def _result_info(plan: MergePlan, name: str, stored: TensorInfo) -> TensorInfo:
 def _check_patterns(plan: MergePlan) -> None:
     """A regex that matches no parameter is a mistake."""
     names = [parameter.name for parameter in plan.parameters]
-    for key, pattern in plan.config.unmatched(names):
+    unmatched = plan.config.unmatched(names)
+    for index, step in enumerate(plan.config.next_recipes()):
+        unmatched += [(f"then[{index}].{key}", pattern) for key, pattern in step.unmatched(names)]
+    for key, pattern in unmatched:
         plan.problems.append(
             f"{key}: the pattern {pattern!r} matches no parameter. Names look like {_listing(names, 3)}."
         )

@@ -21,7 +21,7 @@ from ..checkpoints.storage import SAFE_WEIGHTS
 from ..config import CONFIG_NAME
 from ..errors import ConfigError
 from .plan import MergePlan
-from .streaming import MergeReport
+from .streaming import MergeReport, checked
 
 
 HEADS_FOLDER = "heads"
@@ -76,7 +76,10 @@ def head_tensors(source: ModelSource, head: Any) -> dict[str, Tensor]:
     """A task's head by module name, in its output dtype."""
     if head.values is not None:
         return {name: head.values[name].to(info.dtype) for name, info in head.outputs.items()}
-    return {name: source.read(name).to(info.dtype) for name, info in head.outputs.items()}
+    return {
+        name: checked(name, source.read(name).to("cpu", info.dtype, copy=True), source.name)
+        for name, info in head.outputs.items()
+    }
 
 
 def _save_head(source: ModelSource, tensors: dict[str, Tensor], folder: Path) -> None:

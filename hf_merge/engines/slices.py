@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ..checkpoints.conversion import ConversionGroup, NameMap
+from ..checkpoints.conversion import ConversionGroup, Converter, NameMap
 from ..checkpoints.source import ModelReference, ModelSource
 from ..checkpoints.storage import TensorInfo
 from ..errors import ConfigError
@@ -68,7 +68,15 @@ class SlicedSource(ModelSource):
         )
         source.slices = list(slices)
         source.stack = stack
+        _check_layers(source)
         return source
+
+    @cached_property
+    def converter(self) -> Converter:
+        """Saves in the layout of the first slice's files."""
+        converter = Converter(self.shell)
+        converter.map_names(self.slices[0].source.storage.infos, str(self))
+        return converter
 
     def __str__(self) -> str:
         pieces = ", ".join(f"{piece.source.name}[{piece.start}:{piece.end}]" for piece in self.slices)
@@ -136,6 +144,17 @@ def _only_stack(source: ModelSource) -> str:
             f"{source} has {len(stacks)} stacks of layers ({', '.join(stacks) or 'none'}): slices of layers need exactly one."
         )
     return stacks[0]
+
+
+def _check_layers(source: SlicedSource) -> None:
+    """Refuses layers that do not fit their new place, such as a dense layer where the config wants a mixture of experts."""
+    prefix = f"{source.stack}."
+    for name in source.anatomy.parameters:
+        if name.startswith(prefix) and name not in source.parameters and name not in source.anatomy.ties:
+            owner, stored = source._origins[name]
+            raise ConfigError(
+                f"{source}: '{name}' would come from '{stored}' of {owner}, which has no such parameter."
+            )
 
 
 def _check(name: str, piece: LayerSlice, first: ModelSource) -> None:

@@ -29,8 +29,8 @@ from .plan import MergePlan, PlannedParameter
 
 logger = logging.getLogger(__name__)
 
-READ_AHEAD = 2
-"""How many save groups are read ahead of the one being merged."""
+READ_AHEAD = 2**28
+"""How many bytes of stored tensors are read ahead of the group being merged; always at least one group."""
 
 
 class Sink(Protocol):
@@ -129,18 +129,22 @@ class StreamingEngine:
         """The groups with their tensors, the next ones being read while the current one is used."""
         with ThreadPoolExecutor(1, "hf_merge-read") as reader:
             waiting: list[tuple[SaveGroup, Future]] = []
-            remaining = iter(groups)
+            remaining = list(reversed(groups))
             try:
-                while True:
-                    while len(waiting) < READ_AHEAD and (group := next(remaining, None)) is not None:
+                while remaining or waiting:
+                    while remaining and (not waiting or self._stored_bytes(waiting, remaining[-1]) <= READ_AHEAD):
+                        group = remaining.pop()
                         waiting.append((group, reader.submit(self._read_group, group.names)))
-                    if not waiting:
-                        return
                     group, future = waiting.pop(0)
                     yield group, future.result()
+                    del future
             finally:
                 for _, future in waiting:
                     future.cancel()
+
+    def _stored_bytes(self, waiting: list[tuple[SaveGroup, Future]], following: SaveGroup) -> int:
+        names = [name for group, _ in waiting for name in group.names] + following.names
+        return sum(self._by_name[name].info.nbytes for name in names) * len(self.plan.sources)
 
     def _read_group(self, names: list[str]) -> dict[str, Loaded]:
         return {name: self.read(self._by_name[name]) for name in names}
@@ -206,7 +210,8 @@ class StreamingEngine:
         if parameter.action == "copy":
             stored = loaded.experts[0] if loaded.experts else loaded.base
             row["from"] = parameter.copy_from
-            return stored.to(parameter.info.dtype)
+            # A copy: a tensor of a model in memory must not become part of the result.
+            return checked(parameter.name, stored.to("cpu", parameter.info.dtype, copy=True), parameter.copy_from)
         group = self._group(parameter, loaded)
         if parameter.action == "mean":
             merged = group.mean()
@@ -261,6 +266,16 @@ class StreamingEngine:
         for key, tensor in on_disk(self.plan, group, merged).items():
             sink.write(key, tensor)
             bar.update(group.disk[key].nbytes)
+
+
+def checked(name: str, tensor: Tensor, model: str) -> Tensor:
+    """`tensor`, copied from `model`, or [`NonFiniteError`] when it holds NaN or infinity in its output dtype."""
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise NonFiniteError(
+            f"The parameter '{name}' of '{model}' holds NaN or infinity, or is too large for {dtype}."
+        )
+    return tensor
 
 
 def on_disk(plan: MergePlan, group: SaveGroup, merged: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from .ace import Ace, AceConfig
 from .adamerging import AdaMerging, AdaMergingConfig, AdaMergingPlusPlus, AdaMergingPlusPlusConfig
+from .alignment import GitRebasin, GitRebasinConfig, OtFusion, OtFusionConfig, ZipIt, ZipItConfig
 from .arcee_fusion import ArceeFusion, ArceeFusionConfig
 from .breadcrumbs import Breadcrumbs, BreadcrumbsConfig
 from .consensus_ta import ConsensusTa, ConsensusTaConfig
@@ -10,6 +11,7 @@ from .della import Della, DellaConfig
 from .direct_train import DirectTrain, DirectTrainConfig
 from .distill_merge import DirectDistill, DirectDistillConfig, DistillMerge, DistillMergeConfig
 from .fisher import Fisher, FisherConfig
+from .fs_merge import FsMerge, FsMergeConfig, Kd, KdConfig
 from .isotropic import IsoC, IsoCConfig, IsoCts, IsoCtsConfig
 from .karcher import Karcher, KarcherConfig
 from .linear import LinearConfig, LinearMerge
@@ -60,12 +62,18 @@ __all__ = [
     "DistillMergeConfig",
     "Fisher",
     "FisherConfig",
+    "FsMerge",
+    "FsMergeConfig",
+    "GitRebasin",
+    "GitRebasinConfig",
     "IsoC",
     "IsoCConfig",
     "IsoCts",
     "IsoCtsConfig",
     "Karcher",
     "KarcherConfig",
+    "Kd",
+    "KdConfig",
     "LinearConfig",
     "LinearMerge",
     "LocalizeAndStitch",
@@ -82,6 +90,8 @@ __all__ = [
     "NearSwapConfig",
     "NuSlerp",
     "NuSlerpConfig",
+    "OtFusion",
+    "OtFusionConfig",
     "Passthrough",
     "PassthroughConfig",
     "Pcb",
@@ -110,5 +120,7 @@ __all__ = [
     "WiseFtConfig",
     "Wudi",
     "WudiConfig",
+    "ZipIt",
+    "ZipItConfig",
     "merge_low_rank",
 ]

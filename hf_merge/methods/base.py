@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -21,31 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-class ParameterKind(str, Enum):
-    """What a parameter is, decided from the type of the module that owns it."""
-
-    LINEAR = "linear"  # (out, in)
-    TRANSPOSED_LINEAR = "transposed_linear"  # (in, out), GPT-2's Conv1D
-    EXPERT_LINEAR = "expert_linear"  # (experts, out, in)
-    TRANSPOSED_EXPERT_LINEAR = "transposed_expert_linear"  # (experts, in, out)
-    EMBEDDING = "embedding"
-    CONVOLUTION = "convolution"
-    NORM = "norm"
-    BIAS = "bias"
-    HEAD = "head"
-    BUFFER = "buffer"
-    OTHER = "other"
-
-
-LINEAR_KINDS = frozenset(
-    {
-        ParameterKind.LINEAR,
-        ParameterKind.TRANSPOSED_LINEAR,
-        ParameterKind.EXPERT_LINEAR,
-        ParameterKind.TRANSPOSED_EXPERT_LINEAR,
-    }
-)
+from ..kinds import LINEAR_KINDS, ParameterKind
 
 
 def keyed_generator(seed: int, *words: str) -> np.random.Generator:

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
-from ..methods.base import ParameterKind
+from ..kinds import ParameterKind
 from .blocks import find_block_lists
 
 

@@ -12,8 +12,9 @@ from hf_merge import AutoMergedModel, CalibrationData, ConfigError, Merger, Plan
 from hf_merge.engines.backbone_plan import set_width
 from hf_merge.methods.backbone_base import OutputMap
 from hf_merge.methods.fs_merge import FsMergeConfig, KdConfig
-from hf_merge.methods.fs_merge.factors import FORMS
+from hf_merge.methods.fs_merge.factors import FORMS, HeadMixing
 from hf_merge.methods.fs_merge.supernet import Supernet
+from hf_merge.modeling.heads import find_attention
 from hf_merge.modeling.topology import backbone_of, trace
 from tests.zoo import ZOO
 
@@ -121,6 +122,7 @@ def fold_law(family, widths, merged_width, form, scales, head_aligned=False):
     shapes = {name: value.shape for name, value in merged.named_parameters()}
     sizes = {}
     if head_aligned:
+        topology.attention = find_attention(models[0], topology, ZOO[family].inputs())
         sizes = {name: site.head_size for site in topology.attention for name in site.query_and_key}
         assert sizes
     supernet = Supernet(topology, experts, shapes, scales, form, rank=4, head_sizes=sizes)
@@ -140,6 +142,23 @@ def fold_law(family, widths, merged_width, form, scales, head_aligned=False):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folded_is_literal(family, form):
     fold_law(family, (None, None), None, form, (1.0, 0.0))
+
+
+@pytest.mark.parametrize("family", ("llama", "bert"))
+def test_folded_is_literal_when_whole_heads_are_mixed(family):
+    fold_law(family, (None, None), None, "diagonal_low_rank", (0.5, 0.5), head_aligned=True)
+
+
+def test_mixing_heads_commutes_with_what_all_heads_have_in_common():
+    """(C ⊗ I) (I ⊗ R) = (I ⊗ R) (C ⊗ I): rotary positions turn all heads alike."""
+    factor = HeadMixing(12, 8, 1.0, 4)
+    randomise(factor)
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0]
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
+    turned = (turn @ x.reshape(2, 4, 5)).reshape(8, 5)
+    expected = (turn @ factor.left(x).reshape(3, 4, 5)).reshape(12, 5)
+    torch.testing.assert_close(factor.left(turned), expected)
+    torch.testing.assert_close(factor.right(torch.eye(12)), factor.dense())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

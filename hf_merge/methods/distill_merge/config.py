@@ -51,4 +51,4 @@ class DirectDistillConfig(DistillationConfig):
 
     merge_type: ClassVar[str] = "direct_distill"
 
-    learning_rate: float = setting(1e-4, "Adam's step on the weights.", above=0, scope="merge")
+    learning_rate: float = setting(5e-4, "Adam's step on the weights.", above=0, scope="merge")

@@ -24,7 +24,8 @@ class FeatureTrainingConfig(MergeConfig):
         vector_learning_rate (`float`, *optional*): For norms, biases and diagonals; `learning_rate` when not given.
         output_learning_rate (`float`, *optional*): For the maps to the experts' features; `learning_rate` when not given.
         weight_decay (`float`): Of AdamW.
-        adam_beta1, adam_beta2 (`float`): Of AdamW.
+        adam_beta1 (`float`): AdamW's first decay.
+        adam_beta2 (`float`): AdamW's second decay.
         lr_scheduler (`str`): `"cosine"` to zero, or `"constant"`, after the warm-up.
         warmup_ratio (`float`): The part of the updates over which the learning rate rises.
         max_grad_norm (`float`, *optional*): Gradients are clipped to this norm.

@@ -58,6 +58,9 @@ class SvcConfig(MergeConfig):
                 )
         return entry.config_cls(seed=self.seed, **self.inner_settings)
 
+    def inner_recipes(self) -> list[MergeConfig]:
+        return [self.inner_config]
+
     def resolve_nested(self, name: str, depth: float, experts: Sequence[str]) -> None:
         self.inner_config = self.inner_config.resolve(name, depth, experts)
 

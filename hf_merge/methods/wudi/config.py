@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...config import LinearLayersConfig
+from ...config import LinearLayersConfig, MergeConfig
 from ...errors import ConfigError
 from ...registry import get_merge_method
 from ...settings import setting
@@ -61,6 +61,10 @@ class WudiConfig(LinearLayersConfig):
         super().__post_init__()
         if self.initial in (None, "sum", "mean"):
             return
+        if self.solver not in ("adam", "sgd", "optmerge"):
+            raise ConfigError(
+                f"WudiConfig.initial is the start of an iterative solver, solver='{self.solver}' has none."
+            )
         if self.equalize_norms:
             raise ConfigError("WudiConfig.initial: another method's start and equalize_norms exclude each other.")
         entry = get_merge_method(self.initial)
@@ -73,3 +77,8 @@ class WudiConfig(LinearLayersConfig):
                 f"WudiConfig.initial='{self.initial}' does not work parameter by parameter without data: use 'sum', 'mean' or "
                 "a method such as 'tsv_m'."
             )
+
+    def inner_recipes(self) -> list[MergeConfig]:
+        if self.initial in (None, "sum", "mean"):
+            return []
+        return [get_merge_method(self.initial).config_cls(seed=self.seed)]
