@@ -211,8 +211,8 @@ class MergeConfig(HubMixin):
         return {"merge_type": self.merge_type} | dataclasses.asdict(self)
 
     def to_json_string(self) -> str:
-        """The text of `merge_config.json`: two spaces, sorted keys."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=list) + "\n"
+        """The text of `merge_config.json`: two spaces, sorted fields. The experts keep their order, which has a meaning."""
+        return json.dumps(dict(sorted(self.to_dict().items())), indent=2, default=list) + "\n"
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Writes `merge_config.json` into a folder, which is made if needed.

@@ -6,6 +6,7 @@ it is given groups of tensors that belong together, and returns tensors.
 - [`TensorMethod`]: data-free; parameters are independent of each other; runs from disk to disk at any size.
 - [`LinearMethod`]: a `TensorMethod` defined on the weights of linear layers, given as matrices (out, in).
 - `BlockMethod` (in `block_base.py`): needs the activations of calibration samples; one block of the model is there at a time.
+- `ModelMethod` (in `model_base.py`): needs gradients through all layers; the merged model is in memory.
 """
 
 from __future__ import annotations

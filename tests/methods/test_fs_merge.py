@@ -8,7 +8,15 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_merge import AutoMergedModel, CalibrationData, ConfigError, Merger, PlanError, UnsupportedModelError
+from hf_merge import (
+    AutoMergedModel,
+    CalibrationData,
+    ConfigError,
+    Merger,
+    PlanError,
+    ProDistillArguments,
+    UnsupportedModelError,
+)
 from hf_merge.engines.backbone_plan import set_width
 from hf_merge.methods.backbone_base import OutputMap
 from hf_merge.methods.fs_merge import FsMergeConfig, KdConfig
@@ -369,3 +377,25 @@ def test_head_folder_holds_the_folded_layer(tmp_path):
     merger.save_pretrained(tmp_path / "out", data=data)
     stored = load_file(tmp_path / "out" / "heads" / "task1" / "model.safetensors")
     assert not torch.equal(stored["classifier.weight"], merger.experts[1].live.classifier.weight)
+
+
+def test_callbacks_see_every_update_and_batches_are_accumulated(tmp_path):
+    class Counter(transformers.TrainerCallback):
+        steps = epochs = 0
+
+        def on_step_end(self, *args, **kwargs):
+            self.steps += 1
+
+        def on_epoch_end(self, *args, **kwargs):
+            self.epochs += 1
+
+    counter = Counter()
+    config = FsMergeConfig(epochs=20, batch_size=1, rank=2, validation_split=0.25, early_stopping_patience=1)
+    args = ProDistillArguments(
+        str(tmp_path), gradient_accumulation_steps=3, use_cpu=True, bf16=True, disable_tqdm=True
+    )
+    merger, data = merger_of("vit", config)
+    merger.merge(data, callbacks=[counter], args=args)
+    (report,) = merger.report.blocks["backbone"].values()
+    assert counter.epochs == counter.steps == report["epochs"]
+    assert report["held_out_loss"] < 100

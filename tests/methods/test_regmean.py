@@ -132,7 +132,6 @@ def test_padding_has_no_say(family: str, config):
         samples = samples_of(family)
         for inputs in samples.values():
             inputs["input_ids"] = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], filler)
-        # A third, longer sample: the two others are padded to its length.
         rows = {task: [{k: v[i] for k, v in one.items()} for i in range(2)] for task, one in samples.items()}
         results.append(merge(family, config, samples=rows).model.state_dict())
     for name, tensor in results[0].items():

@@ -17,6 +17,9 @@ from ..backbone_base import BackboneGroup, OutputMap
 from .supernet import Supernet
 
 
+_SAMPLES_OF_VARIANCE = 64
+
+
 class TrainedWeights:
     """What is trained, and how it becomes the parameters of the merged backbone. This one trains the parameters themselves.
 
@@ -270,13 +273,18 @@ class FeatureTraining:
 
     @torch.no_grad()
     def _variances(self, task: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The variance of a task's features and of what its layers read, over one batch."""
-        rows = self.rows[task][: self.settings.batch_size]
-        inputs = self.source.inputs(task, rows, None)
-        mask = inputs.get("attention_mask")
-        with self._captured(self.group.modules[task]) as theirs:
-            target = self.group.features(task, self.source.run_expert(task, inputs))
-        return _variance(target, mask), {name: _variance(value.float(), mask) for name, value in theirs.items()}
+        """The variance of a task's features and of what its layers read, over some batches."""
+        targets: list[Tensor] = []
+        inner: dict[str, list[Tensor]] = {name: [] for name in self._sites}
+        rows = self.rows[task][:_SAMPLES_OF_VARIANCE]
+        for start in range(0, len(rows), self.settings.batch_size):
+            inputs = self.source.inputs(task, rows[start : start + self.settings.batch_size], None)
+            mask = inputs.get("attention_mask")
+            with self._captured(self.group.modules[task]) as theirs:
+                targets.append(_rows(self.group.features(task, self.source.run_expert(task, inputs)), mask))
+            for name, value in theirs.items():
+                inner[name].append(_rows(value.float(), mask))
+        return _variance(targets), {name: _variance(values) for name, values in inner.items()}
 
     def _inner_sites(self) -> dict[str, str]:
         """The first layer of every group that reads one tensor, by group, where inner features are compared."""
@@ -352,5 +360,8 @@ def _mean_square(difference: Tensor, mask: Tensor | None) -> Tensor:
     return _rows(difference, mask).square().mean()
 
 
-def _variance(values: Tensor, mask: Tensor | None) -> Tensor:
-    return _rows(values, mask).var(0, correction=0).mean().clamp_min(1e-12)
+def _variance(parts: Sequence[Tensor]) -> Tensor:
+    """The mean variance of the channels of (count, channels); the mean square of a single row."""
+    rows = torch.cat(list(parts))
+    spread = rows.var(0, correction=0).mean() if len(rows) > 1 else rows.square().mean()
+    return spread.clamp_min(1e-12)
