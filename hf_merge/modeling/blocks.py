@@ -31,7 +31,7 @@ def _longest_uniform_list(model: nn.Module) -> dict[str, nn.ModuleList]:
     lists = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(item) for item in module}) == 1
+        if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(item) for item in module}) == 1
     }
     if not lists:
         return {}
