@@ -109,6 +109,8 @@ class OutputFolder:
         self._open.clear()
         if isinstance(error, Exception):
             shutil.rmtree(self.partial, ignore_errors=True)
+        if error is None or isinstance(error, Exception):
+            shutil.rmtree(work_folder_of(self.folder), ignore_errors=True)
         self._unlock()
         if isinstance(error, OSError) and not isinstance(error, MergeError):
             raise _output_error(self.folder, error) from error

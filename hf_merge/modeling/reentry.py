@@ -81,6 +81,12 @@ class Reentry:
                 "one at a time: use a method without data, or one that trains the whole model."
             )
 
+    def _called_twice(self, block: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{type(self.model).__name__} calls its block '{block}' more than once in a forward (shared layers), so its blocks "
+            "cannot be merged one at a time: use a method without data, or one that trains the whole model."
+        )
+
     def list_of(self, block: str) -> str:
         """The list that a block is in."""
         return block.rpartition(".")[0]
@@ -104,11 +110,7 @@ class Reentry:
         def stand_in(name: str) -> Callable:
             def forward(*args, **kwargs):
                 if name in called:
-                    raise UnsupportedModelError(
-                        f"{type(self.model).__name__} calls its block '{name}' more than once in a forward (shared layers), so "
-                        "its blocks cannot be merged one at a time: use a method without data, or one that trains the whole "
-                        "model."
-                    )
+                    raise self._called_twice(name)
                 called.add(name)
                 if name in outputs:
                     return outputs[name]
@@ -131,6 +133,8 @@ class Reentry:
 
         def recording(name: str, forward: Callable) -> Callable:
             def run(*args, **kwargs):
+                if name in outputs:
+                    raise self._called_twice(name)
                 with resident(name):
                     output = forward(*args, **kwargs)
                 outputs[name] = main_output(output).detach()
