@@ -88,7 +88,12 @@ class AutoMergedModel:
         state = {name: merged.read(name) for name in merged.parameters}
         backbone = transfer_backbone(merged.anatomy, head.anatomy, state)
         own = {name: head.read(name) for name in head.parameters}
-        return assemble(model_class, config, backbone | own, merged.dtype, merged.generation_config, **kwargs)
+        if kwargs.pop("output_loading_info", False):
+            raise ConfigError("output_loading_info is for the whole folder: leave 'task' out.")
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
+        if dtype in ("auto", None):
+            dtype = merged.dtype
+        return assemble(model_class, config, backbone | own, dtype, merged.generation_config, **kwargs)
 
     @classmethod
     def _check_class(cls, model_class: type[PreTrainedModel], config: Any) -> None:

@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 a problem that the message explains, 130 interrupted.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -57,13 +58,19 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Merge HuggingFace models: several fine-tunes in, one model out."""
 
 
 @app.command()
@@ -82,7 +89,11 @@ def run(
 ) -> None:
     """Merge models into a folder, streamed from disk to disk."""
     merger = _merger(recipe, method, expert, base, settings, dtype, device_map, trust_remote_code)
-    merger.save_pretrained(out, max_shard_size=max_shard_size)
+    try:
+        merger.save_pretrained(out, max_shard_size=max_shard_size)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: run the same command again to continue", err=True)
+        raise typer.Exit(130) from None
     report = merger.report
     if as_json:
         summary = {"out": str(out), "seconds": report.seconds, "peak_memory_bytes": report.peak_memory_bytes}
@@ -128,8 +139,6 @@ def plan(
 @app.command()
 def methods(as_json: AsJson = False) -> None:
     """List the merge methods and their settings."""
-    import dataclasses
-
     from .config import MergeConfig
     from .registry import available_merge_methods
     from .settings import settings_of
@@ -194,7 +203,10 @@ def _merger(recipe, method, expert, base, settings, dtype, device_map, trust_rem
     """The merger that the options describe: a recipe, options, or a recipe changed by options."""
     from .merger import Merger
 
-    config = _config(recipe, method, _assignments(settings))
+    overrides = _assignments(settings)
+    if recipe is None and method is None and overrides:
+        method = "wudi" if base else "linear"  # the default of Merger.from_pretrained
+    config = _config(recipe, method, overrides)
     experts = _experts(expert) if expert else None
     return Merger.from_pretrained(
         experts,
@@ -210,25 +222,28 @@ def _config(recipe: Path | None, method: str | None, overrides: dict[str, Any]) 
     from .config import MergeConfig
 
     if recipe is None and method is None:
-        if overrides:
-            raise ConfigError("--set changes the settings of a method: give --method too.")
         return None
     data = _read_recipe(recipe) if recipe is not None else {}
+    if method is not None and data.get("merge_type", method) != method:
+        common = {field.name for field in dataclasses.fields(MergeConfig)}
+        data = {key: value for key, value in data.items() if key in common}  # settings belong to their method
     if method is not None:
         data["merge_type"] = method
     return MergeConfig.from_dict(data | overrides, origin=str(recipe) if recipe is not None else "The command line")
 
 
 def _read_recipe(recipe: Path) -> dict[str, Any]:
-    import yaml
-
     from .config import CONFIG_NAME
     from .interop.mergekit import is_mergekit, translate
+    from .interop.yaml import YAMLError, load_documents
 
     path = recipe / CONFIG_NAME if recipe.is_dir() else recipe
+    if path.name == CONFIG_NAME and not path.exists():
+        raise ConfigError(f"'{recipe}' holds no {CONFIG_NAME}. If it is a model, name it with --expert.")
     try:
-        documents = [one for one in yaml.safe_load_all(path.read_text(encoding="utf-8")) if one is not None]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+        documents = [json.loads(text)] if path.suffix == ".json" else load_documents(text)
+    except (OSError, ValueError, YAMLError, RecursionError) as error:
         raise ConfigError(f"Cannot read the recipe '{path}': {' '.join(str(error).split())}") from error
     if is_mergekit(documents):
         return translate(documents).to_dict()
@@ -279,9 +294,6 @@ def main() -> None:
     except MergeError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: run the same command again to continue", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -147,10 +147,13 @@ class MergePlan:
         lines += [f"  expert {source}: {source.dtype}".replace("torch.", "") for source in self.experts]
         lines.append(f"  base   {self.base}" if self.base is not None else "  no base model")
         lines.append(f"  result: {len(self.parameters)} parameters, {self.nbytes / 2**20:,.1f} MiB")
-        for (kind, treatment), count in sorted(Counter((p.kind.value, p.treatment) for p in self.parameters).items()):
+        treated = Counter((p.kind.value, p.treatment) for p in self.parameters if p.action != "copy")
+        for (kind, treatment), count in sorted(treated.items()):
             lines.append(f"    {count:6d} x {kind}: {treatment}")
         for reason, count in Counter(p.reason for p in self.parameters if p.reason).items():
             lines.append(f"    {count:6d} x not merged: {reason}")
+        for step in self.config.next_recipes():
+            lines.append(f"    then '{step.merge_type}' on the result")
         for task, head in self.heads.items():
             lines.append(f"  head of '{task}': {', '.join(head.outputs)} -> heads/{task}/")
         for (model, reason), count in Counter((d.model, d.reason) for d in self.dropped).items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..card import model_card
@@ -86,11 +86,11 @@ def _save_head(source: ModelSource, tensors: dict[str, Tensor], folder: Path) ->
     folder.mkdir(parents=True)
     config = copy.deepcopy(source.config)
     config.architectures = [source.model_class.__name__]
+    config.dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), source.dtype)
     config.save_pretrained(folder)
     on_disk = source.converter.to_disk(tensors) if source.live is None else tensors
-    save_file(
-        {key: value.contiguous() for key, value in on_disk.items()}, folder / SAFE_WEIGHTS, metadata={"format": "pt"}
-    )
+    content = save({key: value.contiguous() for key, value in on_disk.items()}, metadata={"format": "pt"})
+    (folder / SAFE_WEIGHTS).write_bytes(content)
 
 
 def _save_generation_config(plan: MergePlan, folder: Path) -> None:

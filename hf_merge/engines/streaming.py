@@ -205,7 +205,12 @@ class StreamingEngine:
     @torch.no_grad()
     def _finish(self, parameter: PlannedParameter, loaded: Loaded, rounded: bool = True) -> Tensor:
         """The merged value on the CPU, in its output dtype when `rounded`, else in that of the arithmetic."""
-        row: dict[str, Any] = {"kind": parameter.kind.value, "action": parameter.action}
+        row: dict[str, Any] = {
+            "kind": parameter.kind.value,
+            "action": parameter.action,
+            "treatment": parameter.treatment,
+            "sources": {"experts": parameter.experts, "base": parameter.base},
+        }
         self.report.parameters[parameter.name] = row
         if parameter.action == "copy":
             stored = loaded.experts[0] if loaded.experts else loaded.base

@@ -72,7 +72,7 @@ class Document:
         base = self._model(bases) if bases[0] is not None else None
         fields: dict[str, Any] = {
             "merge_type": self.method.merge_type,
-            "heads": "merge",
+            "heads": "auto",
             "dtype": _dtype(self.data.get("out_dtype") or self.data.get("dtype")),
             "tokenizer": self._tokenizer(names, slices, bases),
             "chat_template": self._chat_template(),

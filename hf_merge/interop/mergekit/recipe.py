@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...config import MergeConfig
 from ...errors import ConfigError, suggest
+from ..yaml import YAMLError, load_documents
 from .document import Document
 
 
@@ -39,8 +38,8 @@ def _load(recipe: str | Path) -> list[Any]:
     is_text = isinstance(recipe, str) and ("\n" in recipe or ": " in recipe)
     try:
         text = recipe if is_text else Path(recipe).read_text(encoding="utf-8")
-        return [document for document in yaml.safe_load_all(text) if document is not None]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        return load_documents(text)
+    except (OSError, UnicodeDecodeError, YAMLError, RecursionError) as error:
         what = "The mergekit recipe" if is_text else f"The mergekit recipe '{recipe}'"
         raise ConfigError(f"{what} cannot be read: {' '.join(str(error).split())}") from error
 
