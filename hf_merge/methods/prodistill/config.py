@@ -24,7 +24,9 @@ class ProDistillConfig(BlockMethodConfig):
         epochs (`int`): Passes over the samples, for each block.
         learning_rate (`float`): Of Adam, on the coefficients.
         lr_scheduler (`str`): `"constant"`, or `"cosine"` to zero over the epochs of a block.
-        adam_beta1, adam_beta2, adam_epsilon (`float`): Adam's other constants.
+        adam_beta1 (`float`): Adam's decay of the mean of the gradients.
+        adam_beta2 (`float`): Adam's decay of the mean of their squares.
+        adam_epsilon (`float`): Adam's ε.
         granularity (`str`): One coefficient for every `"element"` of a task vector, for every `"tensor"`, or for every `"task"`
             (and block).
         loss (`str`): `"sse"`: squared error, summed over samples, tokens and channels (the paper). `"relative"`: the same, divided
