@@ -34,9 +34,10 @@ class CalibrationData:
         columns (`str`, `list[str]` or `dict`, *optional*): The column with the text or image; two columns for pairs of texts. A
             dictionary when the tasks differ.
         max_length (`int`, *optional*): Texts are cut to this many tokens.
-        augment (`Callable`, *optional*): Changes every batch of training, for methods that train a whole backbone:
-            `augment(task, arguments, generator) -> arguments`, with the number of the task, the tensors of a forward, and a numpy
-            generator. Fresh masks for a masked language model, flips and shifts for images.
+        augment (`Callable`, *optional*): Changes samples: `augment(task, arguments, generator) -> arguments`, with the number of
+            the task, the tensors of a forward, and a numpy generator. Fresh masks for a masked language model, flips and shifts
+            for images. Methods of the FS-Merge family change every batch of training, all others the `copies`.
+        copies (`int`): How many times each sample is there; all but the first time it is changed by `augment`.
 
     Raises:
         ConfigError: A task has no samples.
@@ -57,6 +58,7 @@ class CalibrationData:
         columns: str | Sequence[str] | Mapping[str, Any] | None = None,
         max_length: int | None = None,
         augment: Augmentation | None = None,
+        copies: int = 1,
     ):
         if not isinstance(samples, Mapping) or not samples:
             raise ConfigError(
@@ -64,6 +66,8 @@ class CalibrationData:
             )
         if num_samples is not None and num_samples < 1:
             raise ConfigError(f"num_samples must be at least 1, got {num_samples}.")
+        if copies < 1 or (copies > 1 and augment is None):
+            raise ConfigError(f"copies={copies} needs to be positive, and 'augment' to make the copies differ.")
         self.samples = dict(samples)
         self.num_samples = num_samples
         self.seed = seed
@@ -71,6 +75,7 @@ class CalibrationData:
         self.columns = columns
         self.max_length = max_length
         self.augment = augment
+        self.copies = copies
 
     @classmethod
     def of(cls, data: CalibrationData | Mapping[str, Any]) -> CalibrationData:
@@ -102,7 +107,7 @@ class CalibrationData:
             ConfigError: A task is empty, or a sample does not fit to its model.
         """
         samples, labels = [], {}
-        for model in models:
+        for task, model in enumerate(models):
             generator = np.random.default_rng([self.seed, *model.task.encode()])
             rows = read_rows(model.task, self.samples[model.task], self.num_samples, generator)
             if not rows:
@@ -110,8 +115,17 @@ class CalibrationData:
             one, labels[model.task] = to_samples(
                 rows, model, _for_task(self.processor, model.task), self._columns_of(model.task), self.max_length
             )
-            samples.append(one)
+            samples.append(one + self._copies(task, one, generator))
+            labels[model.task] *= self.copies
         return TaskSamples(samples, labels, [_padding(model) for model in models])
+
+    def _copies(self, task: int, samples: Sequence[Sample], generator: np.random.Generator) -> list[Sample]:
+        """Changed copies of samples, `copies - 1` of each."""
+        changed = []
+        for sample in [sample for _ in range(self.copies - 1) for sample in samples]:
+            batch = self.augment(task, {key: value.unsqueeze(0) for key, value in sample.items()}, generator)
+            changed.append({key: value.squeeze(0) for key, value in batch.items()})
+        return changed
 
     def _columns_of(self, task: str) -> Sequence[str] | None:
         columns = _for_task(self.columns, task)

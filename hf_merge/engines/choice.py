@@ -78,6 +78,8 @@ def find_data_problems(plan: MergePlan, data: CalibrationData | None, has_option
         )
     else:
         problems += data.problems([source.name for source in plan.experts])
+        if data.augment is not None and data.copies == 1 and not issubclass(method, BackboneMethod):
+            problems.append(f"The method '{name}' takes every sample as it is: with 'augment', set copies=8 or so.")
     if issubclass(method, (BlockMethod, ModelMethod)) and not plan.problems:
         problems += initial_plan(plan).problems
     return problems

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,12 +21,14 @@ from ..checkpoints.conversion import SaveGroup
 from ..data.calibration import CalibrationData
 from ..errors import NonFiniteError
 from ..methods.base import TensorGroup
+from ..methods.block_base import BlockMethod, BlockMonitor
 from ..methods.model_base import ModelGroup, ModelMethod
 from ..registry import get_merge_method
+from .blockwise import BlockwiseEngine
 from .calibrated import initial_plan, is_left_to_method, parameter_row, task_model
 from .options import EngineOptions
 from .placement import Placement
-from .plan import MergePlan, PlannedParameter
+from .plan import MergePlan, PlannedParameter, build_plan
 from .streaming import MergeReport, Sink, StreamingEngine, on_disk, peak_memory_bytes
 from .task_models import LazyTensors, LoadedModels, MergedValues, as_parameter, build_model, parameter_names
 
@@ -52,6 +55,8 @@ class EndToEndEngine:
         self.samples = data.load([task_model(source) for source in plan.experts])
         if self.method.requires_labels:
             self.samples = self.samples.labelled([source.config for source in plan.experts])
+        self._data, self._placement = data, placement
+        self._start: dict[str, Tensor] = {}
         self._results: dict[str, Tensor] = {}
 
     def run(self, groups: list[SaveGroup], sink: Sink) -> MergeReport:
@@ -79,6 +84,7 @@ class EndToEndEngine:
 
     def _merge(self) -> None:
         self.initial.survey()
+        self._start = self._block_wise_start()
         merged = {parameter.name: parameter for parameter in self.plan.parameters if self._is_merged(parameter)}
         shared = {parameter.name: self._initial_value(parameter) for parameter in self.plan.parameters}
         group = self._group(MergedValues(self.plan, shared), merged)
@@ -90,6 +96,22 @@ class EndToEndEngine:
         for name, parameter in merged.items():
             self._results[name] = self._finish(parameter, group.parameters[name], shared[name].detach())
 
+    def _block_wise_start(self) -> dict[str, Tensor]:
+        """The merged parameters where `init` names a block-wise method, which is carried out first; empty otherwise."""
+        start = self.plan.config.start_config()
+        if not issubclass(get_merge_method(start.merge_type).method_cls, BlockMethod):
+            return {}
+        start.dtype = "float32"
+        plan = build_plan(start, self.plan.experts, self.plan.base).check()
+        options = replace(self.options, work_dir=None, monitor=BlockMonitor())
+        groups = [SaveGroup([name], {name: info}, True) for name, info in plan.outputs.items()]
+        sink = _Values()
+        report = BlockwiseEngine(plan, self._placement, self._data, options).run(groups, sink)
+        self.report.blocks.update(report.blocks)
+        return {
+            parameter.name: sink.values[parameter.name] for parameter in plan.parameters if parameter.action == "merge"
+        }
+
     def _is_merged(self, parameter: PlannedParameter) -> bool:
         """Whether the method merges a parameter; without a base model's value there is no task vector."""
         has_base = parameter.base is not None or not self.method.requires_base
@@ -97,6 +119,8 @@ class EndToEndEngine:
 
     def _initial_value(self, parameter: PlannedParameter) -> Tensor:
         """What the merged model starts from; what the method does not merge has its final value."""
+        if self._is_merged(parameter) and parameter.name in self._start:
+            return as_parameter(self._start[parameter.name], self.device)
         value = self.initial.merge_parameter(parameter.name)
         if self._is_merged(parameter):
             return as_parameter(value, self.device)
@@ -171,3 +195,16 @@ class EndToEndEngine:
             [self.options.bf16, self.options.gradient_accumulation_steps, self.options.seed],
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class _Values:
+    """A sink that keeps what it is given."""
+
+    def __init__(self):
+        self.values: dict[str, Tensor] = {}
+
+    def wants(self, keys: list[str]) -> bool:
+        return True
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        self.values[key] = tensor

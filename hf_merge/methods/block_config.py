@@ -10,6 +10,7 @@ from ..config import MergeConfig
 from ..errors import ConfigError
 from ..registry import get_merge_method
 from ..settings import setting
+from .block_base import BlockMethod
 
 
 @dataclass
@@ -48,12 +49,14 @@ class BlockMethodConfig(MergeConfig):
     def initial_config(self) -> MergeConfig:
         """The recipe without data at the bottom of `init`: for everything that is outside of blocks."""
         start = self.start_config()
-        if not get_merge_method(start.merge_type).method_cls.requires_data:
+        method = get_merge_method(start.merge_type).method_cls
+        if not method.requires_data:
             return start
-        if self.accepts_block_methods and isinstance(start, BlockMethodConfig):
+        if self.accepts_block_methods and issubclass(method, BlockMethod):
             return start.initial_config()
         raise ConfigError(
-            f"{type(self).__name__}.init names '{start.merge_type}', which needs data itself: use a method without data."
+            f"{type(self).__name__}.init names '{start.merge_type}', which needs data itself: use a method without data"
+            f"{', or one that merges block by block' if self.accepts_block_methods else ''}."
         )
 
     def start_settings(self, recipe: Mapping[str, Any]) -> dict[str, Any]:

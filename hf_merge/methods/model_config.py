@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ..settings import setting
 from .block_config import BlockMethodConfig
@@ -15,7 +15,8 @@ class ModelTrainingConfig(BlockMethodConfig):
     """Base class of the configs of methods that train through the whole model.
 
     Args:
-        init (`str` or `dict`): The merge without data that training starts from: `"task_arithmetic"`, `"wudi"`, or any recipe.
+        init (`str` or `dict`): The merge that training starts from: `"task_arithmetic"`, `"wudi"`, any recipe without data, or a
+            block-wise method with the same samples, such as `"regmean_pp"`.
         init_scale (`float`): The coefficient of `init="task_arithmetic"`.
         batch_size (`int`): Calibration samples of a task that run together.
         epochs (`int`): Passes over the samples.
@@ -26,9 +27,9 @@ class ModelTrainingConfig(BlockMethodConfig):
         adam_epsilon (`float`): Added to Adam's denominator.
     """
 
-    init: Any = field(
-        default="task_arithmetic", metadata={"help": "Method or recipe without data that training starts from."}
-    )
+    accepts_block_methods: ClassVar[bool] = True
+
+    init: Any = field(default="task_arithmetic", metadata={"help": "Method or recipe that training starts from."})
     init_scale: float = setting(0.3, "Coefficient of init='task_arithmetic'.", scope="merge")
     batch_size: int = setting(16, "Calibration samples of a task that run together.", minimum=1, scope="merge")
     epochs: int = setting(100, "Passes over the samples.", minimum=1, scope="merge")

@@ -236,3 +236,28 @@ def test_num_samples_is_positive():
 def test_numpy_images_are_floats():
     loaded = load({"pixel_values": np.zeros((2, 3, 4, 4))})
     assert loaded.samples[0][0]["pixel_values"].dtype == torch.float32
+
+
+# -- copies -----------------------------------------------------------------------------------------------------------
+
+
+def drop_a_token(
+    task: int, arguments: dict[str, torch.Tensor], generator: np.random.Generator
+) -> dict[str, torch.Tensor]:
+    left_out = int(generator.integers(arguments["input_ids"].shape[1]))
+    keep = [index for index in range(arguments["input_ids"].shape[1]) if index != left_out]
+    return {key: value[:, keep] for key, value in arguments.items()}
+
+
+def test_copies_are_changed_and_follow_the_samples():
+    samples = [row | {"label": index} for index, row in enumerate(rows(2))]
+    loaded = load(samples, copies=3, augment=drop_a_token)
+    assert contents(loaded)[:2] == contents(load(samples))
+    assert [len(row) for row in contents(loaded)] == [3, 4, 2, 3, 2, 3]
+    assert [int(label) for label in loaded.labels["a"]] == [0, 1, 0, 1, 0, 1]
+    assert contents(loaded) == contents(load(samples, copies=3, augment=drop_a_token))
+
+
+def test_copies_need_something_that_changes_them():
+    with pytest.raises(ConfigError, match="copies=2 needs to be positive, and 'augment'"):
+        CalibrationData({"a": rows()}, copies=2)

@@ -213,6 +213,14 @@ def test_problems_with_samples_are_all_told_before_anything_is_read(bed):
         merger_of(bed, ProDistillConfig(rules=rules)).merge(samples())
 
 
+def test_augmentation_without_copies_is_told(bed):
+    data = CalibrationData(samples(), augment=lambda task, arguments, generator: arguments)
+    with pytest.raises(PlanError, match="takes every sample as it is: with 'augment', set copies=8"):
+        merger_of(bed).merge(data)
+    data = CalibrationData(samples(), augment=lambda task, arguments, generator: arguments, copies=2)
+    merger_of(bed).merge(data)
+
+
 def test_an_empty_task_is_named(bed):
     with pytest.raises(ConfigError, match="calibration samples of 'b' are empty"):
         merger_of(bed).merge({**samples(), "b": []})

@@ -16,12 +16,16 @@ class DistillationConfig(ModelTrainingConfig):
     Args:
         loss (`str`): `"sse"`: squared error, summed over samples, tokens and channels. `"relative"`: the same, divided for each
             task by the variance of its targets, so that no task outweighs another. `"cosine"`: one minus the cosine, summed over
-            tokens.
+            tokens. `"logits"`: the divergence KL(expert ‖ merged) of the predictions, under each expert's own head; only for
+            models with logits over classes or tokens.
         mask_padding (`bool`): Leave padding tokens out of the loss.
     """
 
     loss: str = setting(
-        "relative", "'sse', 'relative' or 'cosine'.", choices=("sse", "relative", "cosine"), scope="merge"
+        "relative",
+        "'sse', 'relative', 'cosine' or 'logits'.",
+        choices=("sse", "relative", "cosine", "logits"),
+        scope="merge",
     )
     mask_padding: bool = setting(True, "Leave padding tokens out of the loss.", scope="merge")
 

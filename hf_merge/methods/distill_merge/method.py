@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..model_base import ModelGroup, ModelInputs, ModelMethod
-from ..model_outputs import run_hidden
+from ..model_outputs import run_hidden, run_logits
 from ..model_training import ModelTraining
 from ..prodistill.coefficients import Coefficients
-from ..prodistill.losses import cosine_distance, spread, squared_error
+from ..prodistill.losses import Loss, cosine_distance, divergence, spread, squared_error
 
 
 class DistillMerge(ModelMethod):
@@ -37,8 +37,16 @@ class DirectDistill(ModelMethod):
         ModelTraining(group, weights, loss).run()
 
 
+_DISTANCES: dict[str, Loss] = {
+    "sse": squared_error,
+    "relative": squared_error,
+    "cosine": cosine_distance,
+    "logits": divergence,
+}
+
+
 class HiddenLoss:
-    """The distance of the merged model's last hidden states from the experts', which are computed once.
+    """The distance of the merged model's last hidden states, or of its predictions, from the experts', which are computed once.
 
     Args:
         group ([`ModelGroup`]): Its settings are a [`DistillationConfig`].
@@ -47,20 +55,21 @@ class HiddenLoss:
     def __init__(self, group: ModelGroup):
         self.models = group.models
         self.settings = group.settings
-        self.distance = cosine_distance if group.settings.loss == "cosine" else squared_error
+        self.distance = _DISTANCES[group.settings.loss]
+        self.read = run_logits if group.settings.loss == "logits" else run_hidden
         self.targets = [self._targets(task) for task in range(len(group))]
         self.scales = [spread(targets) if group.settings.loss == "relative" else 1.0 for targets in self.targets]
 
     @torch.no_grad()
     def _targets(self, task: int) -> list[Tensor]:
-        """The expert's last hidden states of every batch, (tokens, channels) on the CPU."""
+        """What the expert gives for every batch, (tokens, channels) on the CPU."""
         with self.models.expert(task) as expert:
             batches = [self.models.inputs(task, index) for index in range(self.models.batches[task])]
-            return [self._rows(inputs, run_hidden(self.models, expert, inputs)).cpu() for inputs in batches]
+            return [self._rows(inputs, self.read(self.models, expert, inputs)).cpu() for inputs in batches]
 
     def __call__(self, task: int, index: int) -> Tensor:
         inputs = self.models.inputs(task, index)
-        output = self._rows(inputs, run_hidden(self.models, self.models.student(task), inputs))
+        output = self._rows(inputs, self.read(self.models, self.models.student(task), inputs))
         return self.distance(output, self.targets[task][index].to(output.device)) / self.scales[task]
 
     def _rows(self, inputs: ModelInputs, hidden: Tensor) -> Tensor:

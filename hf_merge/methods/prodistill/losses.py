@@ -21,6 +21,13 @@ def cosine_distance(output: Tensor, target: Tensor) -> Tensor:
     return (1 - torch.nn.functional.cosine_similarity(output, target, dim=-1)).sum()
 
 
+def divergence(logits: Tensor, targets: Tensor) -> Tensor:
+    """Σ KL(softmax(targets) ‖ softmax(logits)) over rows. Both: (rows, classes)."""
+    return torch.nn.functional.kl_div(
+        torch.log_softmax(logits, -1), torch.log_softmax(targets, -1), reduction="sum", log_target=True
+    )
+
+
 def spread(targets: Iterable[Tensor]) -> float:
     """The variance of targets around their mean token, summed over channels; 1 when there is none. Each: (tokens, channels)."""
     count, squares, total = 0, 0.0, 0.0
