@@ -29,7 +29,7 @@ class BlockMethodConfig(MergeConfig):
     init: Any = field(
         default="linear", metadata={"help": "Method or recipe for the start and for what is outside of blocks."}
     )
-    batch_size: int = setting(128, "Calibration samples that run together.", minimum=1, scope="merge")
+    batch_size: int = setting(32, "Calibration samples that run together.", minimum=1, scope="merge")
 
     def __post_init__(self):
         super().__post_init__()

@@ -21,6 +21,7 @@ class ProDistillConfig(BlockMethodConfig):
         init (`str` or `dict`): The merge that training starts from: the paper's `"task_arithmetic"`, `"wudi"`, any recipe
             without data, or `"regmean_pp"`, which then merges each block before it is trained.
         init_scale (`float`): The coefficient of `init="task_arithmetic"`; 0.5 suits two experts.
+        batch_size (`int`): Samples of a task that run together; an update takes one batch of every task.
         epochs (`int`): Passes over the samples, for each block.
         learning_rate (`float`): Of Adam, on the coefficients.
         lr_scheduler (`str`): `"constant"`, or `"cosine"` to zero over the epochs of a block.
@@ -43,6 +44,7 @@ class ProDistillConfig(BlockMethodConfig):
 
     init: Any = field(default="task_arithmetic", metadata={"help": "Method or recipe that training starts from."})
     init_scale: float = setting(0.3, "Coefficient of init='task_arithmetic'.", scope="merge")
+    batch_size: int = setting(16, "Samples of a task that run together.", minimum=1, scope="merge")
     epochs: int = setting(50, "Passes over the samples, for each block.", minimum=1, scope="merge")
     learning_rate: float = setting(0.01, "Adam's step on the coefficients.", above=0, scope="merge")
     lr_scheduler: str = setting(
