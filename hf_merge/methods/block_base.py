@@ -45,6 +45,9 @@ class BlockMonitor:
         """A pass ended with the given mean loss. Returns whether training of this block should end now."""
         return False
 
+    def end_block(self) -> None:
+        """Training of a block has ended: its optimizer is not needed any more."""
+
 
 @dataclass(frozen=True)
 class BlockInputs:
@@ -119,6 +122,7 @@ class BlockGroup:
         seed (`int`): Of the order of the batches.
         accumulation (`int`): How many batches of each task make one update.
         report (`dict`): What the method wants to say about this block.
+        on_release (`Callable`, *optional*): Frees the weights of the experts' blocks.
     """
 
     name: str
@@ -133,9 +137,17 @@ class BlockGroup:
     seed: int = 0
     accumulation: int = 1
     report: dict[str, Any] = field(default_factory=dict)
+    on_release: Callable[[], None] | None = None
 
     def __len__(self) -> int:
         return len(self.expert_names)
+
+    def release_experts(self) -> None:
+        """Says that the experts' weights are not looked at any more and that their blocks have run on all batches."""
+        for group in self.parameters.values():
+            group.release_experts()
+        if self.on_release is not None:
+            self.on_release()
 
     def under(self, settings: Any) -> BlockGroup:
         """The same block under another recipe."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import os
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 from accelerate import init_empty_weights
@@ -60,13 +63,14 @@ def materialise(model: nn.Module, names: Iterable[str], read: Reader, device: to
 
 
 def release(model: nn.Module, names: Iterable[str]) -> None:
-    """Puts parameters back on the meta device. Buffers stay."""
+    """Puts parameters back on the meta device, and their memory back to the system. Buffers stay."""
     for name in names:
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
         parameter = owner._parameters.get(leaf)
         if parameter is not None:
             owner._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    return_memory()
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
@@ -77,3 +81,16 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
+
+
+def return_memory() -> None:
+    """Gives freed memory back to the system. glibc keeps what lies between tensors that are still alive, which adds up when large
+    tensors come and go with every block."""
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _c_library() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if os.name == "posix" else None

@@ -100,6 +100,9 @@ class CallbackMonitor(BlockMonitor):
         self._log(self.handler.optimizer.param_groups[0]["lr"])
         return self.control.should_training_stop
 
+    def end_block(self) -> None:
+        self.handler.optimizer = None
+
     def _remember_best(self, loss: float) -> None:
         if self.state.best_metric is None or loss < self.state.best_metric:
             self.state.best_metric = loss

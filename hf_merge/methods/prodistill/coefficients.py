@@ -6,13 +6,15 @@ Autograd runs through the merged weights only. The gradient of a coefficient fol
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..base import TensorGroup
+from .optimizer import CoefficientAdam
 
 
 @dataclass
@@ -27,7 +29,7 @@ class _Trained:
 
 
 class Coefficients:
-    """The coefficients of a block.
+    """The coefficients of a block, in memory.
 
     Args:
         module (`torch.nn.Module`): The block; its parameters hold θ_init and are changed in place by [`~Coefficients.apply`].
@@ -40,7 +42,7 @@ class Coefficients:
         shared: Tensor | None = None
         for name, group in groups.items():
             weight = module.get_parameter(name)
-            vectors = torch.stack([vector.to(weight.dtype) for vector in group.task_vectors()])
+            vectors = stacked_vectors(group, weight)
             if not bool(vectors.any()):
                 continue
             if granularity == "element":
@@ -61,6 +63,11 @@ class Coefficients:
     def by_name(self) -> dict[str, Tensor]:
         """The coefficients δ of each parameter that has some; parameters may share them."""
         return {one.name: one.delta.detach() for one in self._trained}
+
+    @torch.no_grad()
+    def changes(self) -> dict[str, dict[str, list[float]]]:
+        """Mean and standard deviation of each expert's δ, by parameter, for the report."""
+        return {name: moments(delta) for name, delta in self.by_name().items()}
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
@@ -92,3 +99,84 @@ class Coefficients:
         for one in self._trained:
             one.weight.requires_grad_(False)
             one.weight.grad = None
+
+
+class ElementCoefficients:
+    """One coefficient for every element of every task vector, never in memory: see [`CoefficientAdam`].
+
+    Args:
+        module (`torch.nn.Module`): The block; its parameters hold θ_init and are changed in place by [`~ElementCoefficients.update`].
+        groups (`Mapping[str, TensorGroup]`): The parameters to train, by name within the block.
+        adam (`Mapping[str, Any]`): `lr`, `betas` and `eps`.
+    """
+
+    def __init__(self, module: nn.Module, groups: Mapping[str, TensorGroup], adam: Mapping[str, Any]):
+        self._start: dict[str, Tensor] = {}
+        self._weights: dict[str, nn.Parameter] = {}
+        vectors = []
+        for name, group in groups.items():
+            weight = module.get_parameter(name)
+            found = stacked_vectors(group, weight)
+            if bool(found.any()):
+                self._weights[name] = weight.requires_grad_(True)
+                self._start[name] = weight.detach().clone()
+                vectors.append(found)
+        self.optimizer = CoefficientAdam(list(self._weights.values()), vectors, **adam) if vectors else None
+
+    def update(self) -> None:
+        """Makes one step from the gradients of the weights, and clears them."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def changes(self) -> dict[str, dict[str, list[float]]]:
+        """Mean and standard deviation of each expert's δ, by parameter, for the report."""
+        return {
+            name: moments(self.optimizer.coefficients(weight, self._start[name]))
+            for name, weight in self._weights.items()
+        }
+
+    def freeze(self) -> None:
+        """Ends training."""
+        for weight in self._weights.values():
+            weight.requires_grad_(False)
+            weight.grad = None
+
+
+class SharedCoefficients:
+    """One coefficient for every tensor or task vector of a block: [`Coefficients`] with their Adam.
+
+    Args:
+        module (`torch.nn.Module`), groups (`Mapping[str, TensorGroup]`), granularity (`str`): See [`Coefficients`].
+        adam (`Mapping[str, Any]`): `lr`, `betas` and `eps`.
+    """
+
+    def __init__(
+        self, module: nn.Module, groups: Mapping[str, TensorGroup], granularity: str, adam: Mapping[str, Any]
+    ):
+        self._coefficients = Coefficients(module, groups, granularity)
+        tensors = self._coefficients.tensors
+        self.optimizer = torch.optim.Adam(tensors, **adam) if tensors else None
+        self.changes, self.freeze = self._coefficients.changes, self._coefficients.freeze
+
+    def update(self) -> None:
+        """Makes one step from the gradients of the weights, and clears them."""
+        self._coefficients.collect_gradients()
+        self.optimizer.step()
+        self._coefficients.apply()
+
+
+def stacked_vectors(group: TensorGroup, weight: Tensor) -> Tensor:
+    """The task vectors (experts, *shape) in the dtype and on the device of a weight."""
+    vectors = torch.empty((len(group), *weight.shape), dtype=weight.dtype, device=weight.device)
+    for row, vector in zip(vectors, group.task_vectors(), strict=True):
+        row.copy_(vector)
+    return vectors
+
+
+def moments(coefficients: Iterable[Tensor]) -> dict[str, list[float]]:
+    """Mean and standard deviation of each expert's coefficients."""
+    found: dict[str, list[float]] = {"mean": [], "std": []}
+    for one in coefficients:
+        found["mean"].append(float(one.double().mean()))
+        found["std"].append(float(one.double().std(correction=0)))
+    return found

@@ -40,6 +40,7 @@ class ProDistillConfig(BlockMethodConfig):
     """
 
     merge_type: ClassVar[str] = "prodistill"
+    papers: ClassVar[tuple[str, ...]] = ("2502.12706",)
     accepts_block_methods: ClassVar[bool] = True
 
     init: Any = field(default="task_arithmetic", metadata={"help": "Method or recipe that training starts from."})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...registry import get_merge_method
 from ..block_base import BlockGroup, BlockInputs, BlockMethod
-from .coefficients import Coefficients
+from .coefficients import ElementCoefficients, SharedCoefficients
 from .config import ProDistillConfig
 from .losses import cosine_distance, spread, squared_error
 
@@ -36,32 +36,40 @@ class ProDistill(BlockMethod):
             method().merge_block(block.under(start))
         for task in range(len(block)):
             block.run_teacher(task)
-        coefficients = Coefficients(block.student, block.parameters, block.settings.granularity)
-        if coefficients.tensors:
+        coefficients = _coefficients(block)
+        block.release_experts()
+        if coefficients.optimizer is not None:
             with torch.enable_grad():
                 _Training(block, coefficients).run()
+        for name, changes in coefficients.changes().items():
+            block.parameters[name].report["coefficient_changes"] = changes
         coefficients.freeze()
+
+
+def _coefficients(block: BlockGroup) -> ElementCoefficients | SharedCoefficients:
+    settings: ProDistillConfig = block.settings
+    adam = {
+        "lr": settings.learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
+    }
+    if settings.granularity == "element":
+        return ElementCoefficients(block.student, block.parameters, adam)
+    return SharedCoefficients(block.student, block.parameters, settings.granularity, adam)
 
 
 class _Training:
     """The training of one block."""
 
-    def __init__(self, block: BlockGroup, coefficients: Coefficients):
+    def __init__(self, block: BlockGroup, coefficients: ElementCoefficients | SharedCoefficients):
         self.block = block
         self.settings: ProDistillConfig = block.settings
         self.coefficients = coefficients
-        settings = self.settings
-        self.optimizer = torch.optim.Adam(
-            coefficients.tensors,
-            lr=settings.learning_rate,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_epsilon,
-            fused=True,
-        )
+        self.optimizer = coefficients.optimizer
         self.batches = block.activations.batches
         # One update takes `accumulation` batches of every task that has as many left.
         self.steps = math.ceil(max(self.batches) / block.accumulation)
-        self.loss = cosine_distance if settings.loss == "cosine" else squared_error
+        self.loss = cosine_distance if self.settings.loss == "cosine" else squared_error
         self.scales = [self._scale(task) for task in range(len(block))]
 
     def run(self) -> None:
@@ -81,6 +89,7 @@ class _Training:
                 break
             if settings.early_stopping_patience is not None and waited >= settings.early_stopping_patience:
                 break
+        monitor.end_block()
         block.report.update(first_loss=losses[0], last_loss=self._evaluate(), epochs=len(losses))
 
     def _epoch(self, epoch: int, generator: np.random.Generator) -> float:
@@ -96,12 +105,10 @@ class _Training:
                 one = self._loss(inputs)
                 one.backward()
                 loss += float(one.detach())
-            self.coefficients.collect_gradients()
             rate = self._learning_rate(epoch * self.steps + step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            self.optimizer.step()
-            self.coefficients.apply()
+            self.coefficients.update()
             total += loss
             if monitor.end_step(loss, rate):
                 break
