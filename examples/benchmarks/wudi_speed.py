@@ -2,16 +2,20 @@
 
     python wudi_speed.py --base BASE --experts A B C --fusion-bench-python VENV/bin/python
 
-FusionBench (`pip install fusion-bench`) lives in an environment of its own, whose python is given. Each implementation runs in a fresh
-process, on the CPU, with one thread, on the same task vectors: the weights of the linear layers of the encoder's blocks. Time is the
-processor's, of the solver alone, memory the growth of the process' peak resident size over what it held with the task vectors loaded.
+FusionBench (`pip install fusion-bench`) lives in an environment of its own, whose python is given. Each implementation runs in fresh
+processes, on the CPU, with one thread, on the same task vectors: the weights of the linear layers of the encoder's blocks.
+
+- Time is the processor's, of the solver alone.
+- Memory is what the merge of a layer adds at its peak to what the process held before, with the task vectors loaded: the most over
+  all layers. It needs three Adam steps and is measured apart, with an allocator that returns what is freed at once, so that it is
+  what an implementation uses and not what the allocator keeps. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +27,9 @@ from safetensors.torch import load_file, save_file
 
 
 IMPLEMENTATIONS = ("fusion_bench", "adam", "adaptive")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+MEMORY_STEPS = 3
 
 
 def read_encoder_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -37,8 +44,15 @@ def read_encoder_weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def peak_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def reset_peak() -> None:
+    """Makes the kernel forget the peak resident size so far, that of the imports."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_megabytes(key: str) -> float:
+    """The resident size of this process: now (`VmRSS`) or at its peak (`VmHWM`)."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)]
+    return int(line.split()[1]) / 1024
 
 
 def run_fusion_bench(vectors: list[dict[str, torch.Tensor]], steps: int) -> dict[str, torch.Tensor]:
@@ -63,22 +77,34 @@ def run_hf_merge(vectors: list[dict[str, torch.Tensor]], steps: int, solver: str
     return merged
 
 
-def work(implementation: str, folder: Path, steps: int) -> None:
-    """The child process: reads the task vectors, merges, writes the result and its figures."""
+def work(implementation: str, measured: str, folder: Path, steps: int) -> None:
+    """A child process: reads the task vectors, merges, writes what is measured, and the result with the time."""
     torch.set_num_threads(1)
     # Copied, because the pages of a mapped file become resident only when they are read.
     vectors = [
         {name: tensor.clone() for name, tensor in load_file(file).items()}
         for file in sorted(folder.glob("vectors-*.safetensors"))
     ]
-    names = list(vectors[0])
-    # One step on one small matrix: imports and allocators are not what is compared.
-    run(implementation, [{"warm": torch.randn(8, 8)} for _ in vectors], 1)
-    before, start = peak_megabytes(), time.process_time()
-    merged = run(implementation, vectors, steps)
-    figures = {"seconds": time.process_time() - start, "megabytes": peak_megabytes() - before}
-    save_file({name: merged[name].contiguous() for name in names}, folder / f"{implementation}.safetensors")
-    (folder / f"{implementation}.json").write_text(json.dumps(figures))
+    # One step on one small matrix: imports and the libraries' own buffers are not what is compared.
+    run(implementation, [{"warm": 1e-3 * torch.randn(256, 256)} for _ in vectors], 1)
+    if measured == "megabytes":
+        figure = max(layer_megabytes(implementation, vectors, name, steps) for name in vectors[0])
+    else:
+        start = time.process_time()
+        merged = run(implementation, vectors, steps)
+        figure = time.process_time() - start
+        save_file(
+            {name: matrix.contiguous() for name, matrix in merged.items()}, folder / f"{implementation}.safetensors"
+        )
+    (folder / "figure.json").write_text(json.dumps(figure))
+
+
+def layer_megabytes(implementation: str, vectors: list[dict[str, torch.Tensor]], name: str, steps: int) -> float:
+    """The peak of one layer over what was resident before it."""
+    reset_peak()
+    before = resident_megabytes("VmRSS")
+    run(implementation, [{name: vector[name]} for vector in vectors], steps)
+    return resident_megabytes("VmHWM") - before
 
 
 def run(implementation: str, vectors: list[dict[str, torch.Tensor]], steps: int) -> dict[str, torch.Tensor]:
@@ -88,9 +114,23 @@ def run(implementation: str, vectors: list[dict[str, torch.Tensor]], steps: int)
 
 
 def measure(implementation: str, python: str, folder: Path, steps: int) -> dict[str, float]:
-    command = [python, __file__, "--work", implementation, "--folder", str(folder), "--steps", str(steps)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return json.loads((folder / f"{implementation}.json").read_text())
+    return {
+        "seconds": measure_in_child(implementation, python, "seconds", folder, steps, ONE_THREAD),
+        "megabytes": measure_in_child(
+            implementation, python, "megabytes", folder, MEMORY_STEPS, ONE_THREAD | RETURN_FREED_MEMORY
+        ),
+    }
+
+
+def measure_in_child(
+    implementation: str, python: str, measured: str, folder: Path, steps: int, environment: dict[str, str]
+) -> float:
+    command = [python, __file__, "--work", implementation, "--measured", measured]
+    command += ["--folder", str(folder), "--steps", str(steps)]
+    subprocess.run(
+        command, check=True, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    return json.loads((folder / "figure.json").read_text())
 
 
 def relative_difference(left: Path, right: Path) -> float:
@@ -118,10 +158,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="Adam steps.")
     parser.add_argument("--layers", default="", help="Only layers whose name contains this.")
     parser.add_argument("--work", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--measured", choices=("seconds", "megabytes"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        work(arguments.work, arguments.folder, arguments.steps)
+        work(arguments.work, arguments.measured, arguments.folder, arguments.steps)
         return
     if not (arguments.base and arguments.experts and arguments.fusion_bench_python):
         parser.error("--base, --experts and --fusion-bench-python are needed")

@@ -10,7 +10,7 @@ import torch
 from hf_merge import ConfigError, WudiConfig
 from hf_merge.methods.base import ParameterKind
 from hf_merge.methods.wudi import Wudi, merge_low_rank
-from hf_merge.methods.wudi.method import REFERENCE_RMS
+from hf_merge.methods.wudi.layer import REFERENCE_RMS
 from hf_merge.methods.wudi.objective import GramObjective, RowObjective, Term
 from hf_merge.methods.wudi.solvers import effective_rank, exponential_filter
 
@@ -203,6 +203,14 @@ def test_experts_equal_to_the_base_give_the_base(solver):
     assert report == {}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_what_is_not_finite_is_left_for_the_engine_to_name(solver, value):
+    vectors = task_matrices(7, 3, 12, 20)
+    vectors[1, 2, 3] = value
+    assert merge(vectors, "wudi", solver=solver)[0].isnan().all()
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_conv1d_is_contracted_on_the_input_side(solver):
     vectors = task_matrices(8, 3, 10, 14)
@@ -220,16 +228,30 @@ def test_experts_of_a_mixture_are_separate_layers():
         assert value == pytest.approx(sum(single[key] for _, single in singles) / 2)
 
 
-def test_both_forms_of_the_objective_agree():
-    vectors = task_matrices(11, 3, 6, 20)
-    terms = [Term(vector, vector, vector.norm().item() ** -2) for vector in vectors]
-    gram, rows = (form.build(terms, vectors[0].shape) for form in (GramObjective, RowObjective))
-    point = vectors.sum(0)
-    assert relative(rows.half_gradient(point), gram.half_gradient(point)) < 1e-10
+@pytest.mark.parametrize("out", [6, 20], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_both_forms_of_the_objective_equal_its_definition(dtype, out):
+    vectors = task_matrices(11, 3, out, 20)
     norms = [vector.norm() for vector in vectors]
-    for objective in (gram, rows):
-        expected = literal_loss(point, vectors, vectors, norms).item()
-        assert objective.loss(point) == pytest.approx(expected, rel=1e-9)
+    origin, change, scale = vectors.sum(0), task_matrices(12, 1, out, 20)[0], 4.0
+    point = (origin + scale * change).requires_grad_()
+    loss = literal_loss(point, vectors, vectors, norms)
+    loss.backward()
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    for form in (GramObjective, RowObjective):
+        terms = (Term(vector, vector, vector.norm().item() ** -2) for vector in vectors)
+        objective = form.build(terms, origin, dtype, scale)
+        assert objective.loss(change.to(dtype)) * scale**2 == pytest.approx(loss.item(), rel=tolerance)
+        assert relative(objective.half_gradient(change.to(dtype)) * 2 * scale, point.grad) < tolerance
+        assert objective.constant * scale**2 == pytest.approx(literal_loss(origin, vectors, vectors, norms).item())
+        assert not objective.is_minimal()
+
+
+@pytest.mark.parametrize("form", [GramObjective, RowObjective])
+def test_gradient_of_identical_experts_is_known_to_vanish_at_their_mean(form):
+    vectors = task_matrices(13, 1, 9, 20).expand(3, -1, -1)
+    terms = (Term(vector, vector, vector.norm().item() ** -2) for vector in vectors)
+    assert form.build(terms, vectors.sum(0) / 3, torch.float32).is_minimal()
 
 
 def test_report_gives_the_losses_and_the_rank():
@@ -329,6 +351,13 @@ def test_low_rank_skips_zero_experts_and_keeps_float32():
     assert relative(left @ right, expected) < 1e-5
     left, right = merge_low_rank([zero, zero], WudiConfig())
     assert not (left @ right).any()
+
+
+def test_low_rank_does_not_skip_what_is_not_finite():
+    factors = random_factors(1, 12, 16, (2, 2))
+    factors[0][1][0, 0] = float("nan")
+    left, right = merge_low_rank(factors, WudiConfig())
+    assert (left @ right).isnan().all()
 
 
 @pytest.mark.parametrize("solver", ["adam", "optmerge"])

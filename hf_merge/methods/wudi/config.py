@@ -39,6 +39,7 @@ class WudiConfig(LinearLayersConfig):
     """
 
     merge_type: ClassVar[str] = "wudi"
+    papers: ClassVar[tuple[str, ...]] = ("2503.08099", "2606.07289", "2505.19892")
 
     solver: str = setting(
         "adaptive",

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...low_rank import Factors
 from ..linalg import solve_dtype
 from .config import WudiConfig
-from .method import solve
+from .layer import solve
+from .solvers import Solution
 
 
 ROTATION_FREE = ("adaptive", "spectral", "closed_form", "sgd")
@@ -43,19 +45,35 @@ def merge_low_rank(factors: Sequence[tuple[Tensor, Tensor]], settings: WudiConfi
             f"Use one of {', '.join(ROTATION_FREE)}, or merge the adapters into their weights first."
         )
     double = any(factor.dtype == torch.float64 for pair in factors for factor in pair)
-    result_dtype = torch.float64 if double else torch.float32
-    dtype = torch.promote_types(result_dtype, solve_dtype(factors[0][0]))
-    stacked = torch.cat([a.to(dtype) for _, a in factors])
+    dtype = torch.float64 if double else torch.float32
+    solution, basis = solve_low_rank([Factors(b, a) for b, a in factors], settings)
+    merged = factors[0][0].new_zeros(factors[0][0].shape[0], basis.shape[1]) if solution is None else solution.merged
+    return merged.to(dtype), basis.mT.contiguous().to(dtype)
+
+
+def solve_low_rank(experts: Sequence[Factors], settings: WudiConfig) -> tuple[Solution | None, Tensor]:
+    """Solves one layer in the row space of its experts.
+
+    Args:
+        experts (`Sequence[Factors]`): T_i = B_i A_i.
+        settings ([`WudiConfig`]): With a solver of [`ROTATION_FREE`].
+
+    Returns:
+        `tuple`: The solution in coordinates, `None` where all experts are zero, and the basis Q (in, r) of M = M' Qᵀ.
+    """
+    left = experts[0].left
+    dtype = torch.promote_types(torch.float64 if left.dtype == torch.float64 else torch.float32, solve_dtype(left))
+    stacked = torch.cat([expert.right.to(dtype) for expert in experts])
     basis = torch.linalg.qr(stacked.mT).Q
-    reduced = [b.to(dtype) @ (a.to(dtype) @ basis) for b, a in factors]
+    reduced = [expert.left.to(dtype) @ (expert.right.to(dtype) @ basis) for expert in experts]
     norms = [torch.linalg.vector_norm(vector).item() for vector in reduced]
-    kept = [index for index, norm in enumerate(norms) if norm > 0]
+    kept = [index for index, norm in enumerate(norms) if norm != 0]
     if not kept:
-        return reduced[0].to(result_dtype), basis.mT.to(result_dtype)
+        return None, basis
     solution = solve(
         [reduced[index] for index in kept],
         [norms[index] for index in kept],
         settings,
         in_features=stacked.shape[1],
     )
-    return solution.merged.to(result_dtype), basis.mT.contiguous().to(result_dtype)
+    return solution, basis

@@ -10,25 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...low_rank import Factors
 from ...registry import get_merge_method
-from ..base import LINEAR_KINDS, LinearMethod, ParameterKind, TaskMatrices, TensorGroup
+from ..base import LINEAR_KINDS, LinearMethod, LowRankGroup, ParameterKind, TaskMatrices, TensorGroup
 from ..linalg import solve_dtype
 from ..reporting import add_to_report
 from .config import WudiConfig
-from .objective import Term, cheaper_to_descend, cheaper_to_diagonalize
-from .solvers import (
-    Solution,
-    adaptive_filter,
-    descend_adam,
-    descend_sgd,
-    exponential_filter,
-    solve_filtered,
-    solve_ridge,
-)
+from .layer import solve
+from .low_rank import ROTATION_FREE, solve_low_rank
+from .solvers import Solution
 
-
-REFERENCE_RMS = 2e-4
-"""Root mean square of a task vector that 300 Adam steps of 1e-5 suit: the scale that `normalize` solves at."""
 
 NORM_RATIO = 5.0
 """Task vectors whose norms differ by more than this break every method of the family (DisTaC, arXiv 2508.01148)."""
@@ -39,6 +30,12 @@ class Wudi(LinearMethod):
 
     With `equalize_norms` every parameter is observed once before the merge, for the norms of the whole task vectors.
     """
+
+    changes_only = True
+
+    @classmethod
+    def merged_rank(cls, ranks: Sequence[int], settings: WudiConfig) -> int | None:
+        return sum(ranks) if settings.solver in ROTATION_FREE else None
 
     def __init__(self):
         self._scales: dict[str, float] = {}
@@ -80,9 +77,26 @@ class Wudi(LinearMethod):
         if not vectors:
             return torch.zeros_like(task_matrices.base)
         start = _other_start(task_matrices, group.settings)
-        solution = solve(vectors, [norm for norm in norms if norm > 0], group.settings, start=start)
+        solution = solve(vectors, [norm for norm in norms if norm != 0], group.settings, start=start)
         _report(solution, group, task_matrices)
         return solution.merged.to(task_matrices.base.dtype)
+
+    def merge_factors(self, group: LowRankGroup) -> Factors | None:
+        settings: WudiConfig = group.settings
+        if settings.solver not in ROTATION_FREE or settings.initial not in (None, "sum", "mean"):
+            return None
+        if settings.check_norms and not self._scales:
+            for name, expert in zip(group.expert_names, group.experts, strict=True):
+                self._squares.setdefault(name, []).append(expert.norm() ** 2)
+        scales = [self._scales.get(name, 1.0) for name in group.expert_names]
+        experts = [expert.scaled(scale) for expert, scale in zip(group.experts, scales, strict=True)]
+        solution, basis = solve_low_rank(experts, settings)
+        if solution is None:
+            return Factors.zero(group.experts[0])
+        group.report |= {"wudi_loss_before": solution.loss_before, "wudi_loss_after": solution.loss_after}
+        if solution.rank is not None:
+            group.report["effective_rank"] = solution.rank
+        return Factors(solution.merged, basis.mT).to(group.experts[0].left.dtype)
 
 
 class _ScaledMatrices(Sequence):
@@ -121,107 +135,6 @@ def _other_start(matrices: TaskMatrices, settings: WudiConfig) -> Tensor | None:
         report={},
     )
     return entry.method_cls()(layer) - matrices.base
-
-
-def solve(
-    vectors: Sequence[Tensor],
-    norms: Sequence[float],
-    settings: WudiConfig,
-    in_features: int | None = None,
-    start: Tensor | None = None,
-) -> Solution:
-    """Solves one layer.
-
-    Args:
-        vectors (`Sequence[torch.Tensor]`): T_i, each (out, in), in the dtype of the arithmetic; none is zero.
-        norms (`Sequence[float]`): ‖T_i‖.
-        settings ([`WudiConfig`]): Resolved for this layer.
-        in_features (`int`, *optional*): The layer's input dimension, where the T_i are given in coordinates of a subspace.
-        start (`torch.Tensor`, *optional*): Where an iterative solver starts, shape (out, in), when `initial` names a method.
-    """
-    if settings.solver in ("adaptive", "spectral", "closed_form"):
-        return _solve_closed(vectors, norms, settings, in_features or vectors[0].shape[1])
-    return _solve_descent(vectors, norms, settings, start)
-
-
-def _solve_closed(
-    vectors: Sequence[Tensor], norms: Sequence[float], settings: WudiConfig, in_features: int
-) -> Solution:
-    shape = vectors[0].shape
-    form = cheaper_to_diagonalize(len(vectors) * shape[0], shape[1])
-    objective = form.build(_terms(vectors, norms), shape)
-    total = _sum(vectors)
-    if settings.solver == "closed_form":
-        # tr(C) = Σ ‖T_i‖²/‖T_i‖² is the number of experts.
-        merged = solve_ridge(objective, settings.ridge * len(vectors) / in_features)
-        return Solution(merged, objective.loss(total), objective.loss(merged))
-    if settings.solver == "adaptive":
-        return solve_filtered(objective, total, adaptive_filter)
-    rank = max(1, int(settings.rank_ratio * in_features))
-    return solve_filtered(objective, total, lambda values: exponential_filter(values, settings.time, rank))
-
-
-def _solve_descent(
-    vectors: Sequence[Tensor], norms: Sequence[float], settings: WudiConfig, start: Tensor | None
-) -> Solution:
-    shape = vectors[0].shape
-    if settings.solver == "optmerge":
-        rank = max(1, min(shape) // len(vectors))
-        terms, rows = _denoised_terms(vectors, norms, rank), rank * len(vectors)
-    else:
-        terms, rows = _terms(vectors, norms), shape[0] * len(vectors)
-    objective = cheaper_to_descend(rows, shape[1]).build(terms, shape)
-    total = _sum(vectors)
-    before = objective.loss(total)
-    if start is not None:
-        start = start.to(total.dtype)
-    else:
-        start = total.div_(len(vectors)) if _initial(settings) == "mean" else total
-    # Scaling every T_i by 1/s leaves C and the eigenvalues alone and makes Adam's absolute step s times as large.
-    scale = _rms(norms, shape) / REFERENCE_RMS if settings.normalize else 1.0
-    like = torch.empty_like(start, dtype=torch.float32 if start.dtype == torch.float64 else start.dtype)
-    if objective.is_minimal(start):
-        return Solution(start, before, objective.loss(start))
-    objective = objective.recentred(start, scale, like.dtype)
-    if settings.solver == "sgd":
-        delta = descend_sgd(objective, like, settings.learning_rate, settings.num_steps)
-    else:
-        rate = 1e-5 if settings.learning_rate is None else settings.learning_rate
-        delta = descend_adam(objective, like, rate, settings.num_steps)
-    return Solution(start.add_(delta, alpha=scale), before, objective.loss(delta) * scale**2)
-
-
-def _initial(settings: WudiConfig) -> str:
-    if settings.initial is not None:
-        return settings.initial
-    return "mean" if settings.solver == "sgd" else "sum"
-
-
-def _terms(vectors: Sequence[Tensor], norms: Sequence[float]) -> Iterator[Term]:
-    for vector, norm in zip(vectors, norms, strict=True):
-        yield Term(vector, vector, norm**-2)
-
-
-def _denoised_terms(vectors: Sequence[Tensor], norms: Sequence[float], rank: int) -> Iterator[Term]:
-    """OptMerge (arXiv 2505.19892): Y_i = SVD_K(T_i − T̄) + T̄ and P_i = S_K V_Kᵀ of T_i."""
-    mean = _sum(vectors) / len(vectors)
-    for vector, norm in zip(vectors, norms, strict=True):
-        _, values, right = torch.linalg.svd(vector, full_matrices=False)
-        left, centred, directions = torch.linalg.svd(vector - mean, full_matrices=False)
-        target = torch.addmm(mean, left[:, :rank] * centred[:rank], directions[:rank])
-        yield Term(target, values[:rank, None] * right[:rank], norm**-2)
-
-
-def _sum(vectors: Sequence[Tensor]) -> Tensor:
-    total = torch.zeros_like(vectors[0])
-    for vector in vectors:
-        total += vector
-    return total
-
-
-def _rms(norms: Sequence[float], shape: torch.Size) -> float:
-    """Root mean square of the entries of all task vectors."""
-    return math.sqrt(sum(norm**2 for norm in norms) / (len(norms) * shape.numel()))
 
 
 def _report(solution: Solution, group: TensorGroup, matrices: TaskMatrices) -> None:

@@ -2,13 +2,15 @@
 
     L(M) = Σ_i w_i ‖(M − Y_i) P_iᵀ‖²,   w_i = 1/‖T_i‖²
 
-with Y_i = P_i = T_i for WUDI; OptMerge denoises both. L is never evaluated by this definition. It has two equal forms, both
-independent of the number of experts once they are built, and the one with fewer multiplications is taken:
+with Y_i = P_i = T_i for WUDI; OptMerge denoises both. L is never evaluated by this definition but about an origin O, the point that a
+solver starts from, for the change Δ = M − O. It has two equal forms, both independent of the number of experts once they are
+built, and the one with fewer multiplications is taken:
 
-- Gram form: C = Σ w_i P_iᵀP_i (in, in) and D = Σ w_i Y_i P_iᵀP_i (out, in);  ∇L = 2 (M C − D).
-- row form: R = [√w_i P_i] stacked (rows, in) and F = [√w_i Y_i P_iᵀ] (out, rows);  ∇L = 2 (M Rᵀ − F) R.
+- Gram form: C = Σ w_i P_iᵀP_i (in, in) and G = Σ w_i (O − Y_i) P_iᵀP_i (out, in);  ½∇L = Δ C + G.
+- row form: R = [√w_i P_i] stacked (rows, in) and F = [√w_i (O − Y_i) P_iᵀ] (out, rows);  ½∇L = (Δ Rᵀ + F) R.
 
-They are tied by C = RᵀR and D = F R.
+They are tied by C = RᵀR and G = F R. G and F are taken once in the dtype of the origin: where experts agree they are differences that
+cancel, and leave a solver in a narrower dtype nothing to lose on Δ.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from ..linalg import times_transposed
 
 
 @dataclass
@@ -29,34 +34,46 @@ class Term:
     projector: Tensor
     weight: float
 
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        """√w P, whose entries no dtype is too narrow for."""
+        out = torch.empty_like(self.projector, dtype=dtype)
+        return torch.mul(self.projector, self.weight**0.5, out=out)
+
 
 class Objective(ABC):
-    """L, its half gradient and its curvature."""
+    """L, its half gradient and its curvature, as functions of Δ = (M − O) / scale and up to the factor scale².
+
+    **Attributes**:
+        - **constant** (`float`) -- L at the origin.
+        - **rounding** (`float`) -- The norm below which the gradient at the origin is nothing but rounding.
+    """
+
+    constant: float
+    rounding: float
 
     @classmethod
     @abstractmethod
-    def build(cls, terms: Iterable[Term], shape: torch.Size) -> Objective:
-        """From at least one term, for a layer of shape (out, in)."""
+    def build(cls, terms: Iterable[Term], origin: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Objective:
+        """The objective of at least one term.
 
-    @abstractmethod
-    def half_gradient(self, merged: Tensor, out: Tensor | None = None) -> Tensor:
-        """½ ∇L(M) = M C − D, shape (out, in)."""
-
-    @abstractmethod
-    def loss(self, merged: Tensor) -> float:
-        """L(M)."""
-
-    @abstractmethod
-    def recentred(self, origin: Tensor, scale: float, dtype: torch.dtype) -> Objective:
-        """The objective of Δ in M = origin + scale · Δ, up to the factor scale², in another dtype.
-
-        Descent moves M by a part of itself, and where experts agree the gradient is a difference that cancels: taken once in
-        float64, it leaves float32 nothing to lose on Δ.
+        Args:
+            terms (`Iterable[Term]`): The summands, in the origin's dtype, taken one at a time.
+            origin (`torch.Tensor`): O, shape (out, in), in the dtype that differences are taken in.
+            dtype (`torch.dtype`): The dtype of Δ.
+            scale (`float`): The unit of Δ.
         """
 
     @abstractmethod
-    def is_minimal(self, point: Tensor) -> bool:
-        """Whether ∇L vanishes up to rounding, as with one expert. Adam would turn the rounding into steps of full length."""
+    def half_gradient(self, change: Tensor, out: Tensor | None = None) -> Tensor:
+        """½ ∇L, shape (out, in)."""
+
+    @abstractmethod
+    def loss(self, change: Tensor) -> float:
+        """L."""
+
+    @abstractmethod
+    def is_minimal(self) -> bool:
+        """Whether ∇L vanishes at the origin, as with one expert. Adam would turn the rounding into steps of full length."""
 
     @abstractmethod
     def curvature(self) -> Tensor:
@@ -65,45 +82,47 @@ class Objective(ABC):
 
 @dataclass
 class GramObjective(Objective):
-    """L by C, D and its constant Σ w_i ‖Y_i P_iᵀ‖²."""
+    """L by C, G and its value at the origin."""
 
     gram: Tensor
-    target: Tensor
+    slope: Tensor
     constant: float
+    rounding: float
 
     @classmethod
-    def build(cls, terms: Iterable[Term], shape: torch.Size) -> GramObjective:
-        """Adds the terms one at a time; peak memory beyond C and D is one term and one matrix of the size of C or D."""
-        gram = target = None
-        constant = 0.0
+    def build(cls, terms: Iterable[Term], origin: Tensor, dtype: torch.dtype, scale: float = 1.0) -> GramObjective:
+        """Peak memory beyond C and G is three matrices of a term's size and, for terms of many rows, one of C's."""
+        size = origin.shape[1]
+        gram = origin.new_zeros(size, size, dtype=dtype)
+        slope = torch.zeros_like(origin)
+        constant = rounding = 0.0
         for term in terms:
-            if gram is None:
-                gram = term.projector.new_zeros(shape[1], shape[1])
-                target = term.projector.new_zeros(shape)
-            if term.projector.shape[0] * 2 < shape[1]:
-                gram.addmm_(term.projector.mT, term.projector, alpha=term.weight)
-                image = (term.target @ term.projector.mT) @ term.projector
+            rounding += _rounding(term)
+            residual = origin - term.target
+            if 2 * len(term.projector) < size:
+                rows = term.rows(dtype)
+                gram.addmm_(rows.mT, rows)
+                del rows
+                image = residual @ term.projector.mT
+                constant += term.weight * _inner(image, image)
+                slope.addmm_(image, term.projector, alpha=term.weight)
             else:
                 square = term.projector.mT @ term.projector
                 gram.add_(square, alpha=term.weight)
-                image = term.target @ square
-            target.add_(image, alpha=term.weight)
-            constant += term.weight * _inner(image, term.target)
-        return cls(gram, target, constant)
+                image = residual @ square
+                constant += term.weight * _inner(image, residual)
+                slope.add_(image, alpha=term.weight)
+            del term, residual, image  # before the next one is made
+        return cls(gram, slope.div_(scale).to(dtype), constant / scale**2, rounding / scale)
 
-    def half_gradient(self, merged: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.addmm(self.target, merged, self.gram, beta=-1, out=out)
+    def half_gradient(self, change: Tensor, out: Tensor | None = None) -> Tensor:
+        return times_transposed(change, self.gram, out).add_(self.slope)
 
-    def loss(self, merged: Tensor) -> float:
-        gradient = self.half_gradient(merged)
-        return max(0.0, _inner(gradient - self.target, merged) + self.constant)
+    def loss(self, change: Tensor) -> float:
+        return max(0.0, _inner(self.half_gradient(change).add_(self.slope), change) + self.constant)
 
-    def recentred(self, origin: Tensor, scale: float, dtype: torch.dtype) -> GramObjective:
-        target = self.half_gradient(origin).div_(-scale)
-        return GramObjective(self.gram.to(dtype), target.to(dtype), self.loss(origin) / scale**2)
-
-    def is_minimal(self, point: Tensor) -> bool:
-        return _negligible(self.half_gradient(point), self.target)
+    def is_minimal(self) -> bool:
+        return bool(torch.linalg.vector_norm(self.slope) <= self.rounding)
 
     def curvature(self) -> Tensor:
         return self.gram
@@ -111,37 +130,45 @@ class GramObjective(Objective):
 
 @dataclass
 class RowObjective(Objective):
-    """L = ‖M Rᵀ − F‖²."""
+    """L = ‖Δ Rᵀ + F‖²."""
 
     rows: Tensor
-    images: Tensor
+    residual: Tensor
+    rounding: float
 
     @classmethod
-    def build(cls, terms: Iterable[Term], shape: torch.Size) -> RowObjective:
+    def build(cls, terms: Iterable[Term], origin: Tensor, dtype: torch.dtype, scale: float = 1.0) -> RowObjective:
         """Stacks the terms: all experts are resident, which is less than one matrix (in, in) where this form is chosen."""
-        rows, images = [], []
+        rows, residuals, rounding = [], [], 0.0
         for term in terms:
-            root = term.weight**0.5
-            rows.append(term.projector * root)
-            images.append((term.target @ term.projector.mT).mul_(root))
-        return cls(torch.cat(rows), torch.cat(images, dim=1))
+            rounding += _rounding(term)
+            rows.append(term.rows(dtype))
+            residual = (origin - term.target) @ term.projector.mT
+            residuals.append(residual.mul_(term.weight**0.5 / scale).to(dtype))
+        return cls(torch.cat(rows), torch.cat(residuals, dim=1), rounding / scale)
 
-    def residual(self, merged: Tensor) -> Tensor:
-        """M Rᵀ − F, shape (out, rows)."""
-        return torch.addmm(self.images, merged, self.rows.mT, beta=-1)
+    @property
+    def constant(self) -> float:
+        return _inner(self.residual, self.residual)
 
-    def half_gradient(self, merged: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.mm(self.residual(merged), self.rows, out=out)
+    @cached_property
+    def columns(self) -> Tensor:
+        """Rᵀ (in, rows), contiguous."""
+        return self.rows.mT.contiguous()
 
-    def loss(self, merged: Tensor) -> float:
-        residual = self.residual(merged)
-        return _inner(residual, residual)
+    def moved(self, change: Tensor) -> Tensor:
+        """Δ Rᵀ + F, shape (out, rows)."""
+        return times_transposed(change, self.rows).add_(self.residual)
 
-    def recentred(self, origin: Tensor, scale: float, dtype: torch.dtype) -> RowObjective:
-        return RowObjective(self.rows.to(dtype), self.residual(origin).div_(-scale).to(dtype))
+    def half_gradient(self, change: Tensor, out: Tensor | None = None) -> Tensor:
+        return times_transposed(self.moved(change), self.columns, out)
 
-    def is_minimal(self, point: Tensor) -> bool:
-        return _negligible(self.residual(point), self.images)
+    def loss(self, change: Tensor) -> float:
+        moved = self.moved(change)
+        return _inner(moved, moved)
+
+    def is_minimal(self) -> bool:
+        return bool(torch.linalg.vector_norm(self.residual) <= self.rounding)
 
     def curvature(self) -> Tensor:
         return self.rows @ self.rows.mT
@@ -157,11 +184,14 @@ def cheaper_to_diagonalize(rows: int, in_features: int) -> type[Objective]:
     return RowObjective if rows < in_features else GramObjective
 
 
-def _negligible(difference: Tensor, of: Tensor) -> bool:
-    """Whether a difference of products is nothing but their rounding."""
-    rounding = max(of.shape) * torch.finfo(of.dtype).eps
-    return bool(torch.linalg.vector_norm(difference) <= rounding * torch.linalg.vector_norm(of))
+def _rounding(term: Term) -> float:
+    """The rounding of the products that a gradient is made of, for both forms: w ‖P‖² is one, or less where P is denoised."""
+    factor = max(term.target.shape) * torch.finfo(term.target.dtype).eps
+    return factor * torch.linalg.vector_norm(term.target).item()
 
 
 def _inner(left: Tensor, right: Tensor) -> float:
+    """⟨left, right⟩, summed in float64 where the device has it."""
+    if left.dtype == torch.float64:
+        return torch.dot(left.flatten(), right.flatten()).item()
     return torch.sum(left * right, dtype=torch.float64 if left.device.type != "mps" else None).item()

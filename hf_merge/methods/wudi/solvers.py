@@ -6,7 +6,8 @@ arXiv 2606.07289, S − S V diag(f) Vᵀ + D V diag(f/l) Vᵀ, equals
     M = S − (S C − D) V diag(φ) Vᵀ,   φ = f / l,
 
 because S V diag(f) = S C V diag(f/l). φ stays finite where l → 0, and null directions of C need no care: there both S C and D vanish.
-In the row form the same M is S − (S Rᵀ − F) U diag(φ) Uᵀ R with R Rᵀ = U diag(l) Uᵀ.
+S C − D is the half gradient at S, the G of the objective about S. In the row form the same M is S − F U diag(φ) Uᵀ R with
+R Rᵀ = U diag(l) Uᵀ.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..linalg import eigenpairs_in_place
 from .objective import Objective, RowObjective
 
 
@@ -32,8 +34,9 @@ class Solution:
 
 
 def spectrum(curvature: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues in rising order, those below the rounding error set to zero, and eigenvectors (columns)."""
-    values, vectors = torch.linalg.eigh(curvature)
+    """Eigenvalues in rising order, those below the rounding error set to zero, and eigenvectors (columns). Overwrites its
+    argument."""
+    values, vectors = eigenpairs_in_place(curvature)
     floor = values[-1] * len(values) * torch.finfo(values.dtype).eps
     return torch.where(values > floor, values, 0.0), vectors
 
@@ -67,35 +70,34 @@ def solve_filtered(objective: Objective, total: Tensor, choose: Callable[[Tensor
     The step removes φ_k (2 − l_k φ_k) ‖½∇L(S) v_k‖² from L along direction k, so that no further product is needed for L(M).
 
     Args:
-        objective ([`Objective`]): Of one layer.
-        total (`torch.Tensor`): S, shape (out, in).
+        objective ([`Objective`]): Of one layer, about S. Its curvature is overwritten.
+        total (`torch.Tensor`): S, shape (out, in). Overwritten by M.
         choose (`Callable`): φ by the rising eigenvalues of the curvature; non-zero on the top directions only.
     """
-    before = objective.loss(total)
     values, vectors = spectrum(objective.curvature())
     inverse = choose(values)
     rank = int(torch.count_nonzero(inverse))
     basis, values, inverse = vectors[:, -rank:], values[-rank:], inverse[-rank:]
     gains = inverse * (2 - values * inverse)
     if isinstance(objective, RowObjective):
-        # In terms of u_k = R v_k / √l_k: ‖½∇L(S) v_k‖² = l_k ‖(S Rᵀ − F) u_k‖².
-        step, gains = objective.residual(total) @ basis, gains * values
-        merged = torch.addmm(total, step * inverse, basis.mT @ objective.rows, alpha=-1)
+        # In terms of u_k = R v_k / √l_k: ‖½∇L(S) v_k‖² = l_k ‖F u_k‖².
+        step, gains = objective.residual @ basis, gains * values
+        merged = total.addmm_(step * inverse, basis.mT @ objective.rows, alpha=-1)
     else:
-        step = objective.half_gradient(total) @ basis
-        merged = torch.addmm(total, step * inverse, basis.mT, alpha=-1)
+        step = objective.slope @ basis
+        merged = total.addmm_(step * inverse, basis.mT, alpha=-1)
     removed = (step.square().sum(dim=0) * gains).sum().item()
-    return Solution(merged, before, max(0.0, before - removed), rank)
+    return Solution(merged, objective.constant, max(0.0, objective.constant - removed), rank)
 
 
 def solve_ridge(objective: Objective, ridge: float) -> Tensor:
-    """The minimiser D (C + ρI)⁻¹ = F (R Rᵀ + ρI)⁻¹ R by a Cholesky factor."""
+    """The minimiser −G (C + ρI)⁻¹ = −F (R Rᵀ + ρI)⁻¹ R of an objective about zero, by a Cholesky factor."""
     curvature = objective.curvature().clone()
     curvature.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(curvature)
     if isinstance(objective, RowObjective):
-        return torch.cholesky_solve(objective.images.mT, factor).mT @ objective.rows
-    return torch.cholesky_solve(objective.target.mT, factor).mT
+        return torch.cholesky_solve(objective.residual.mT, factor).mT.neg() @ objective.rows
+    return torch.cholesky_solve(objective.slope.mT, factor).mT.neg()
 
 
 def descend_adam(objective: Objective, like: Tensor, learning_rate: float, steps: int) -> Tensor:
