@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from .checkpoints.source import ModelSource, load_config, open_source
 from .checkpoints.storage import open_storage
 from .config import CONFIG_NAME, MergeConfig
+from .engines.lazy import LazyModel, lazy_source, under_head
 from .engines.sealing import HEADS_FOLDER
 from .errors import CheckpointError, ConfigError, suggest
 from .hub import HubMixin, fetch_folder
 from .merger import Merger
-from .modeling.assembly import assemble, transfer_backbone
 from .modeling.shell import model_class_of
 
 
@@ -33,7 +33,7 @@ class AutoMergeConfig:
 
 class AutoMergedModel:
     """Loads a merged model: a folder written by [`Merger.save_pretrained`] under any task's head, or a recipe
-    (`merge_config.json` without weights), which is merged while loading."""
+    (`merge_config.json` without weights), which is merged while loading, parameter by parameter, with nothing on disk."""
 
     auto_class: ClassVar[str] = "AutoModel"
 
@@ -44,7 +44,7 @@ class AutoMergedModel:
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: str | Path | MergeConfig,
         *,
         task: str | None = None,
         trust_remote_code: bool = False,
@@ -53,10 +53,12 @@ class AutoMergedModel:
         """Loads the model.
 
         Args:
-            pretrained_model_name_or_path (`str` or `Path`): A folder or a Hub id.
+            pretrained_model_name_or_path (`str`, `Path` or [`MergeConfig`]): A folder or a Hub id, or a recipe that names its
+                experts.
             task (`str`, *optional*): The task (expert) whose head is wanted; the folder's own head by default.
             trust_remote_code (`bool`): Whether code from the model's repository may run.
-            kwargs: The Hub's arguments, and those of `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
+            kwargs: The Hub's arguments, and those of `from_pretrained` (`dtype`, `device_map`, `offload_folder`,
+                `attn_implementation`, ...). A recipe is merged where its parameters end up.
 
         Returns:
             [`~transformers.PreTrainedModel`]
@@ -64,14 +66,17 @@ class AutoMergedModel:
         Raises:
             ConfigError: There is no such task.
             CheckpointError: The folder holds neither weights nor a recipe.
+            PlanError: The recipe cannot be carried out.
         """
         hub_kwargs = HubMixin.split_hub_kwargs(kwargs)
+        if isinstance(pretrained_model_name_or_path, MergeConfig):
+            return cls._merge(pretrained_model_name_or_path, task, trust_remote_code, hub_kwargs, kwargs)
         folder, _ = fetch_folder(pretrained_model_name_or_path, **hub_kwargs)
         if not (folder / "config.json").is_file() and (folder / CONFIG_NAME).is_file():
-            merger = Merger.from_pretrained(
-                config=MergeConfig.from_pretrained(folder), trust_remote_code=trust_remote_code
-            )
-            return merger.merge() if task is None else merger.model_for(task)
+            recipe = MergeConfig.from_pretrained(folder)
+            # A revision or a folder inside of a repository is the recipe's, not its experts'.
+            shared = {key: value for key, value in hub_kwargs.items() if key not in ("revision", "subfolder")}
+            return cls._merge(recipe, task, trust_remote_code, shared, kwargs)
         merged = open_source("merged", str(folder), trust_remote_code=trust_remote_code)
         if task is None:
             cls._check_class(merged.model_class, merged.config)
@@ -79,21 +84,30 @@ class AutoMergedModel:
         return cls._with_head(merged, _head_folder(folder, task), trust_remote_code, kwargs)
 
     @classmethod
+    def _merge(
+        cls, recipe: MergeConfig, task: str | None, trust_remote_code: bool, hub_kwargs: dict, kwargs: dict
+    ) -> PreTrainedModel:
+        _refuse_loading_info(kwargs)
+        merger = Merger.from_pretrained(
+            config=recipe,
+            device_map=_arithmetic_devices(kwargs.get("device_map")),
+            trust_remote_code=trust_remote_code,
+            **hub_kwargs,
+        )
+        model = merger.lazy_model(task)
+        cls._check_class(model.model_class, model.config)
+        return model.load(**kwargs)
+
+    @classmethod
     def _with_head(cls, merged: ModelSource, folder: Path, trust_remote_code: bool, kwargs: dict) -> PreTrainedModel:
+        _refuse_loading_info(kwargs)
         where = f"the head '{folder.name}'"
         config = load_config(folder, where, trust_remote_code)
         model_class = model_class_of(config, where, trust_remote_code)
         cls._check_class(model_class, config)
         head = ModelSource(where, merged.reference, config, model_class, open_storage(folder))
-        state = {name: merged.read(name) for name in merged.parameters}
-        backbone = transfer_backbone(merged.anatomy, head.anatomy, state)
-        own = {name: head.read(name) for name in head.parameters}
-        if kwargs.pop("output_loading_info", False):
-            raise ConfigError("output_loading_info is for the whole folder: leave 'task' out.")
-        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", "auto"))
-        if dtype in ("auto", None):
-            dtype = merged.dtype
-        return assemble(model_class, config, backbone | own, dtype, merged.generation_config, **kwargs)
+        state = under_head(merged, lazy_source(merged), head) | lazy_source(head)
+        return LazyModel(model_class, config, state, merged.dtype, merged.generation_config).load(**kwargs)
 
     @classmethod
     def _check_class(cls, model_class: type[PreTrainedModel], config: Any) -> None:
@@ -108,6 +122,18 @@ class AutoMergedModel:
             raise ConfigError(
                 f"The model is a {model_class.__name__}, which {cls.__name__} does not load: use AutoMergedModel."
             )
+
+
+def _refuse_loading_info(kwargs: dict) -> None:
+    if kwargs.pop("output_loading_info", False):
+        raise ConfigError("output_loading_info is for a whole folder: leave it out with 'task' and with a recipe.")
+
+
+def _arithmetic_devices(device_map: Any) -> Any:
+    """Where a merge computes, from where the model is to be: accelerate's strategies mean the accelerator."""
+    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return "auto"
+    return device_map
 
 
 def _head_folder(folder: Path, task: str) -> Path:
@@ -158,7 +184,49 @@ class AutoMergedModelForQuestionAnswering(AutoMergedModel):
     auto_class = "AutoModelForQuestionAnswering"
 
 
+class AutoMergedModelForMultipleChoice(AutoMergedModel):
+    """[`AutoMergedModel`] for multiple choice."""
+
+    auto_class = "AutoModelForMultipleChoice"
+
+
 class AutoMergedModelForImageClassification(AutoMergedModel):
     """[`AutoMergedModel`] for image classification."""
 
     auto_class = "AutoModelForImageClassification"
+
+
+class AutoMergedModelForObjectDetection(AutoMergedModel):
+    """[`AutoMergedModel`] for object detection."""
+
+    auto_class = "AutoModelForObjectDetection"
+
+
+class AutoMergedModelForSemanticSegmentation(AutoMergedModel):
+    """[`AutoMergedModel`] for semantic segmentation."""
+
+    auto_class = "AutoModelForSemanticSegmentation"
+
+
+class AutoMergedModelForImageTextToText(AutoMergedModel):
+    """[`AutoMergedModel`] for models that read images and text and write text."""
+
+    auto_class = "AutoModelForImageTextToText"
+
+
+class AutoMergedModelForAudioClassification(AutoMergedModel):
+    """[`AutoMergedModel`] for audio classification."""
+
+    auto_class = "AutoModelForAudioClassification"
+
+
+class AutoMergedModelForCTC(AutoMergedModel):
+    """[`AutoMergedModel`] for speech recognition by CTC."""
+
+    auto_class = "AutoModelForCTC"
+
+
+class AutoMergedModelForSpeechSeq2Seq(AutoMergedModel):
+    """[`AutoMergedModel`] for speech recognition by an encoder-decoder."""
+
+    auto_class = "AutoModelForSpeechSeq2Seq"

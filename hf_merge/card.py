@@ -1,24 +1,40 @@
-"""The model card of a merged model."""
+"""The model card of a merged model: metadata that the Hub understands, the recipe, results, citations.
+
+What is generated stands between two marks; text that people add before or after them, and metadata of their own, are kept when the
+card is written again.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .config import MergeConfig
+from .config import CONFIG_NAME, MergeConfig
+from .errors import OutputError
+from .papers import bibtex, papers_of
 
 
-def model_card(config: MergeConfig, tasks: Sequence[str], class_name: str) -> ModelCard:
-    """The card: metadata that the Hub understands, the recipe, and how to load the model.
+CARD_NAME = "README.md"
+_BEGIN = "<!-- hf_merge: written by `hf-merge card`; text outside of these marks is kept -->"
+_END = "<!-- /hf_merge -->"
+_GENERATED = re.compile(rf"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+
+
+def model_card(config: MergeConfig, tasks: Sequence[str], class_name: str, results: str | None = None) -> ModelCard:
+    """The card of a merged model.
 
     Args:
         config ([`MergeConfig`]): The recipe with its resolved experts.
         tasks (`Sequence[str]`): The tasks whose heads are kept.
         class_name (`str`): The class of the merged model.
+        results (`str`, *optional*): A table in Markdown.
     """
     references = [*(config.experts or {}).values(), *([config.base_model] if config.base_model else [])]
     parents = [reference["model"] for reference in references if _is_hub_id(reference.get("model"))]
@@ -28,7 +44,60 @@ def model_card(config: MergeConfig, tasks: Sequence[str], class_name: str) -> Mo
         library_name="transformers",
         tags=["merge", "hf_merge", config.merge_type],
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(config, tasks, class_name)}")
+    return _card(data, _model_text(config, tasks, class_name), config, results)
+
+
+def adapter_card(config: MergeConfig, tasks: Sequence[str], class_name: str, results: str | None = None) -> ModelCard:
+    """The card of a merged adapter; arguments as in [`model_card`]."""
+    base = (config.base_model or {}).get("model")
+    data = ModelCardData(
+        base_model=base if _is_hub_id(base) else None,
+        base_model_relation="adapter",
+        library_name="peft",
+        tags=["merge", "hf_merge", "lora", config.merge_type],
+    )
+    return _card(data, _adapter_text(config, tasks, class_name, base), config, results)
+
+
+def _card(data: ModelCardData, text: str, config: MergeConfig, results: str | None) -> ModelCard:
+    measured = ""
+    if results is not None:
+        measured = (
+            f"\n## Results\n\n`normalized` is the merged model's value as a share of the expert's.\n\n{results}\n"
+        )
+    recipe = f"\n## Recipe\n\n`{CONFIG_NAME}`:\n\n```json\n{config.to_json_string()}```\n"
+    generated = f"{_BEGIN}\n{text}{measured}{recipe}{_citations(config)}{_END}\n"
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{generated}")
+
+
+def combine_cards(known: str, card: ModelCard, path: Path) -> ModelCard:
+    """The new card with what people have added to the known one.
+
+    Args:
+        known (`str`): The known card.
+        card (`ModelCard`): The new one.
+        path (`Path`): For messages.
+
+    Raises:
+        OutputError: The known card has no generated part, or metadata that cannot be read.
+    """
+    if not _GENERATED.search(known):
+        raise OutputError(f"'{path}' was not written by hf_merge: --force replaces it.")
+    try:
+        metadata = ModelCard(known, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, yaml.YAMLError) as error:
+        raise OutputError(
+            f"The metadata of '{path}' are not YAML ({' '.join(str(error).split())}): correct them."
+        ) from error
+    own = card.data.to_dict()
+    tags = list(dict.fromkeys([*own["tags"], *(metadata.get("tags") or [])]))
+    # Which parents are on the Hub was decided where the models were merged; here a relative path may look like a Hub id.
+    parents = metadata.get("base_model")
+    data = ModelCardData(**{**metadata, **own, "tags": tags, "base_model": parents})
+    text = ModelCard(known, ignore_metadata_errors=True).text
+    generated = _GENERATED.search(str(card)).group()
+    text = _GENERATED.sub(lambda _: generated, text, count=1)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.lstrip()}")
 
 
 def _is_hub_id(model: str | None) -> bool:
@@ -42,8 +111,7 @@ def _is_hub_id(model: str | None) -> bool:
     return True
 
 
-def _text(config: MergeConfig, tasks: Sequence[str], class_name: str) -> str:
-    experts = "\n".join(f"- {name}: `{_shown(reference)}`" for name, reference in (config.experts or {}).items())
+def _model_text(config: MergeConfig, tasks: Sequence[str], class_name: str) -> str:
     base = f"\nThe base model is `{_shown(config.base_model)}`.\n" if config.base_model else ""
     heads = ""
     if tasks:
@@ -54,12 +122,35 @@ def _text(config: MergeConfig, tasks: Sequence[str], class_name: str) -> str:
         )
     return (
         f"# Merged model\n\nThis model was merged with [hf_merge](https://pypi.org/project/hf_merge) by the method "
-        f"`{config.merge_type}` from:\n\n{experts}\n{base}\n"
+        f"`{config.merge_type}` from:\n\n{_experts(config)}\n{base}\n"
         f'```python\nfrom transformers import {class_name}\n\nmodel = {class_name}.from_pretrained("path/to/this/model")\n```\n'
-        f"{heads}\n## Recipe\n\n`merge_config.json`:\n\n```json\n{config.to_json_string()}```\n"
+        f"{heads}"
     )
 
 
-def _shown(reference: dict) -> str:
+def _adapter_text(config: MergeConfig, tasks: Sequence[str], class_name: str, base: str | None) -> str:
+    heads = "".join(f"\n- `heads/{task}`: the same adapter with the head of `{task}`" for task in tasks)
+    return (
+        f"# Merged adapter\n\nThis adapter was merged with [hf_merge](https://pypi.org/project/hf_merge) by the method "
+        f"`{config.merge_type}` from:\n\n{_experts(config)}\n{heads}\n\n"
+        f"```python\nfrom peft import PeftModel\nfrom transformers import {class_name}\n\n"
+        f'base = {class_name}.from_pretrained("{base or "path/to/the/base"}")\n'
+        'model = PeftModel.from_pretrained(base, "path/to/this/adapter")\n```\n'
+    )
+
+
+def _experts(config: MergeConfig) -> str:
+    return "\n".join(f"- {name}: `{_shown(reference)}`" for name, reference in (config.experts or {}).items())
+
+
+def _citations(config: MergeConfig) -> str:
+    papers = papers_of(config)
+    if not papers:
+        return ""
+    links = ", ".join(f"[arXiv:{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
+    return f"\n## Citation\n\n{links}\n\n```bibtex\n{bibtex(papers)}\n```\n"
+
+
+def _shown(reference: dict[str, Any]) -> str:
     model = reference.get("model") or "a model in memory"
     return f"{model}@{reference['revision']}" if reference.get("revision") else model

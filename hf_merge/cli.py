@@ -10,12 +10,25 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from . import __version__
-from .errors import ConfigError, MergeError
+from .cli_evaluation import app as evaluation_app
+from .cli_recipes import (
+    AsJson,
+    Base,
+    Device,
+    Dtype,
+    Experts,
+    Method,
+    Recipe,
+    Settings,
+    TrustRemoteCode,
+    open_merger,
+)
+from .errors import MergeError
 
 
 app = typer.Typer(
@@ -26,36 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Recipe = Annotated[
-    Path | None,
-    typer.Argument(
-        help="A recipe: a merge_config.json, a YAML or JSON file (mergekit's too), or a folder with one.",
-        show_default=False,
-    ),
-]
-Experts = Annotated[
-    list[str] | None,
-    typer.Option("--expert", "-e", help="NAME=PATH_OR_HUB_ID, or only the path. Repeat it.", show_default=False),
-]
-Base = Annotated[str | None, typer.Option("--base", "-b", help="The base model of the experts.", show_default=False)]
-Method = Annotated[
-    str | None, typer.Option("--method", "-m", help="The merge method; see `hf-merge methods`.", show_default=False)
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", "-s", help="KEY=VALUE, a setting of the method; the value is JSON or text.", show_default=False
-    ),
-]
-Dtype = Annotated[
-    str | None, typer.Option(help="Dtype of the merged weights; the first expert's by default.", show_default=False)
-]
-Device = Annotated[
-    str | None,
-    typer.Option("--device-map", help="Where the arithmetic is done: cpu, auto, cuda:0.", show_default=False),
-]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the models' repositories.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+app.add_typer(evaluation_app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -88,7 +72,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Merge models into a folder, streamed from disk to disk."""
-    merger = _merger(recipe, method, expert, base, settings, dtype, device_map, trust_remote_code)
+    merger = open_merger(recipe, method, expert, base, settings, dtype, device_map, trust_remote_code)
     try:
         merger.save_pretrained(out, max_shard_size=max_shard_size)
     except KeyboardInterrupt:
@@ -122,7 +106,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what a merge would do, from headers alone; exit code 2 if it cannot run."""
-    merger = _merger(recipe, method, expert, base, settings, dtype, None, trust_remote_code)
+    merger = open_merger(recipe, method, expert, base, settings, dtype, None, trust_remote_code)
     problems = merger.problems(out)
     if as_json:
         typer.echo(json.dumps(merger.plan.to_dict() | {"problems": problems}))
@@ -184,9 +168,51 @@ def inspect(
     from .engines.inspection import inspect_models
 
     method = "wudi" if wudi else "task_arithmetic" if base else "linear"
-    merger = _merger(None, method, models, base, None, None, None, trust_remote_code)
+    merger = open_merger(None, method, models, base, None, None, None, trust_remote_code)
     inspection = inspect_models(merger.check())
     typer.echo(json.dumps(inspection.to_dict()) if as_json else str(inspection))
+
+
+@app.command("extract-lora")
+def extract_lora(
+    model: Annotated[str, typer.Argument(help="The fine-tuned model: a path or Hub id.")],
+    base: Annotated[str, typer.Option("--base", "-b", help="The base model that it was fine-tuned from.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; absent or empty.")],
+    rank: Annotated[
+        int | None, typer.Option(help="The rank, or the largest rank with --energy.", show_default=False)
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="The part of each task vector's energy to keep.", show_default=False)
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Exact SVDs instead of randomised ones.")] = False,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Only parameters matching this regex. Repeat it.", show_default=False)
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="No parameters matching this regex. Repeat it.", show_default=False)
+    ] = None,
+    factors_only: Annotated[bool, typer.Option("--factors-only", help="Leave trained norms and biases out.")] = False,
+    dtype: Annotated[str, typer.Option(help="Dtype of the adapter.")] = "float32",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a fine-tune into a PEFT adapter of its base, of a given rank or energy."""
+    from .engines.extraction import Extraction
+    from .engines.extraction import extract_lora as extract
+    from .engines.opening import Opening
+
+    settings = Extraction(
+        rank, energy, exact, include, exclude, not factors_only, dtype, opening=Opening(trust_remote_code)
+    )
+    report = extract(model, base, out, settings)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+        return
+    for name, row in report.parameters.items():
+        typer.echo(f"{name}: rank {row['rank']}, keeps {1 - row['discarded_energy']:.2%}")
+    for note in report.notes:
+        typer.echo(f"note: {note}", err=True)
+    typer.echo(f"Wrote an adapter of {len(report.parameters)} weights to {out}")
 
 
 @app.command()
@@ -197,92 +223,6 @@ def demo(
     from .demo import run_demo
 
     run_demo(out, echo=typer.echo)
-
-
-def _merger(recipe, method, expert, base, settings, dtype, device_map, trust_remote_code) -> Any:
-    """The merger that the options describe: a recipe, options, or a recipe changed by options."""
-    from .merger import Merger
-
-    overrides = _assignments(settings)
-    if recipe is None and method is None and overrides:
-        method = "wudi" if base else "linear"  # the default of Merger.from_pretrained
-    config = _config(recipe, method, overrides)
-    experts = _experts(expert) if expert else None
-    return Merger.from_pretrained(
-        experts,
-        config,
-        base_model=base,
-        dtype=dtype,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def _config(recipe: Path | None, method: str | None, overrides: dict[str, Any]) -> Any:
-    from .config import MergeConfig
-
-    if recipe is None and method is None:
-        return None
-    data = _read_recipe(recipe) if recipe is not None else {}
-    if method is not None and data.get("merge_type", method) != method:
-        common = {field.name for field in dataclasses.fields(MergeConfig)}
-        data = {key: value for key, value in data.items() if key in common}  # settings belong to their method
-    if method is not None:
-        data["merge_type"] = method
-    return MergeConfig.from_dict(data | overrides, origin=str(recipe) if recipe is not None else "The command line")
-
-
-def _read_recipe(recipe: Path) -> dict[str, Any]:
-    from .config import CONFIG_NAME
-    from .interop.mergekit import is_mergekit, translate
-    from .interop.yaml import YAMLError, load_documents
-
-    path = recipe / CONFIG_NAME if recipe.is_dir() else recipe
-    if path.name == CONFIG_NAME and not path.exists():
-        raise ConfigError(f"'{recipe}' holds no {CONFIG_NAME}. If it is a model, name it with --expert.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        documents = [json.loads(text)] if path.suffix == ".json" else load_documents(text)
-    except (OSError, ValueError, YAMLError, RecursionError) as error:
-        raise ConfigError(f"Cannot read the recipe '{path}': {' '.join(str(error).split())}") from error
-    if is_mergekit(documents):
-        return translate(documents).to_dict()
-    if len(documents) != 1 or not isinstance(documents[0], dict):
-        raise ConfigError(f"The recipe '{path}' must be a mapping with the key 'merge_type'.")
-    return documents[0]
-
-
-def _experts(values: list[str]) -> dict[str, str] | list[str]:
-    pairs = [_split_expert(value) for value in values]
-    if all(name is None for name, _ in pairs):
-        return [model for _, model in pairs]
-    named = {}
-    for name, model in pairs:
-        name = name or Path(model).name
-        if name in named:
-            raise ConfigError(f"Two experts are called '{name}': name them with --expert NAME=PATH.")
-        named[name] = model
-    return named
-
-
-def _split_expert(value: str) -> tuple[str | None, str]:
-    name, separator, model = value.partition("=")
-    if separator and name and "/" not in name:
-        return name, model
-    return None, value
-
-
-def _assignments(values: list[str] | None) -> dict[str, Any]:
-    settings = {}
-    for value in values or ():
-        key, separator, text = value.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"--set needs KEY=VALUE, got '{value}'.")
-        try:
-            settings[key] = json.loads(text)
-        except ValueError:
-            settings[key] = text
-    return settings
 
 
 def main() -> None:

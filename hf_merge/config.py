@@ -18,13 +18,26 @@ from typing import Any, ClassVar
 
 from . import __version__
 from .errors import ConfigError, suggest
-from .hub import HubMixin, fetch_file, upload_folder
+from .hub import CONFIG_NAME, HubMixin, fetch_file, upload_folder
 from .registry import get_merge_method
 from .settings import setting, settings_of
+from .tokens import parse_token_rules
 
 
-CONFIG_NAME = "merge_config.json"
 _RULE_KEYS = ("match", "merge_type")
+_WHOLE_RECIPE = (
+    "heads",
+    "output",
+    "adapter_rank",
+    "align",
+    "dtype",
+    "tokenizer",
+    "tokens",
+    "pad_to_multiple_of",
+    "chat_template",
+    "experts",
+    "base_model",
+)
 
 
 @dataclass
@@ -47,12 +60,25 @@ class MergeConfig(HubMixin):
         heads (`str`): What happens to task heads. `"auto"`: merged when every expert has the same head (shapes and label
             names), kept per task otherwise. `"per_task"`: always kept per task. `"merge"`: merged, an error if their
             shapes differ. `"first"`: the first expert's. `"error"`: heads that differ are an error.
+        output (`str`): What the result is. `"model"`: a whole model. `"adapter"`: a PEFT adapter of the base model; of experts that are
+            adapters it needs no weights of the base model, unless the method or an adapter does.
+        adapter_rank (`int`, *optional*): The largest rank of the factors with `output="adapter"`; what the best approximation of that
+            rank discards is in the report. When not given: the sum of the experts' ranks, which loses nothing with methods that
+            keep the rank.
+        align (`str`, *optional*): `"git_rebasin"`: before the merge the units of every expert are permuted to agree with the base
+            model's, or with the first expert's where there is no base. For experts of different initialisation.
         seed (`int`): Seed of every random mask. A mask depends on the seed, the parameter's name and the expert, on nothing else.
         dtype (`str`, *optional*): The dtype of the merged weights; the first expert's when not given. Arithmetic is in float32.
-        tokenizer (`str`, *optional*): Whose tokenizer or processor files are copied: `"base"` or the name of an expert. The
-            first expert that has some when not given.
-        chat_template (`str`, *optional*): The chat template of the result's tokenizer, as Jinja text; `"auto"`: the one that most
-            models have. The copied tokenizer's own when not given.
+        tokenizer (`str`, *optional*): Whose tokenizer or processor the result has: `"base"`, the name of an expert, or `"union"`, all
+            tokens of all models. Where the models' vocabularies differ, embeddings and output layers are merged by token. The
+            first expert's when not given; then models that have different tokens in the same row are refused.
+        tokens (`dict`): Where the rows of single tokens come from, in models that lack them: `{token: {"source": model}}`, with the
+            name of a model, `"zero"`, or `{"model": name, "token": another}`. With `"force": true` also in models that have them. A
+            token that no tokenizer has is added. By default a row that is missing is the base model's, else the mean of those
+            that have it.
+        pad_to_multiple_of (`int`, *optional*): The number of rows of embeddings is rounded up to a multiple of it.
+        chat_template (`str`, *optional*): The chat template of the result's tokenizer, as Jinja text; the name of a model: its
+            own; `"auto"`: the one that most models have. The chosen tokenizer's own when not given.
         experts (`dict`, *optional*): The experts by name, each `{"model": path or Hub id, "revision": commit}`. Filled in
             when a merged model is saved.
         base_model (`dict`, *optional*): The base model, in the same form.
@@ -60,6 +86,7 @@ class MergeConfig(HubMixin):
     """
 
     merge_type: ClassVar[str] = ""
+    papers: ClassVar[tuple[str, ...]] = ()  # arXiv ids, for the model card
 
     include: list[str] | None = field(
         default=None, metadata={"help": "Merge only parameters matching one of these regexes."}
@@ -77,6 +104,23 @@ class MergeConfig(HubMixin):
         choices=("auto", "per_task", "merge", "first", "error"),
         scope="merge",
     )
+    output: str = setting(
+        "model", "What the result is: a 'model' or a PEFT 'adapter'.", choices=("model", "adapter"), scope="merge"
+    )
+    adapter_rank: int | None = setting(
+        None,
+        "Largest rank of output='adapter'; the sum of the experts' ranks when not given.",
+        type=int,
+        minimum=1,
+        scope="merge",
+    )
+    align: str | None = setting(
+        None,
+        "'git_rebasin': permute the experts' units to agree with the base's first.",
+        type=str,
+        choices=("git_rebasin",),
+        scope="merge",
+    )
     seed: int = setting(0, "Seed of the random masks.", minimum=0, maximum=2**63 - 1, scope="merge")
     dtype: str | None = setting(
         None,
@@ -86,10 +130,19 @@ class MergeConfig(HubMixin):
         scope="merge",
     )
     tokenizer: str | None = setting(
-        None, "Whose tokenizer or processor files are copied: 'base' or an expert's name.", type=str, scope="merge"
+        None, "Whose tokenizer the result has: 'base', an expert's name, or 'union'.", type=str, scope="merge"
+    )
+    tokens: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Where rows of single tokens come from: {token: {source: model}}."}
+    )
+    pad_to_multiple_of: int | None = setting(
+        None, "The rows of embeddings are rounded up to a multiple of it.", type=int, minimum=1, scope="merge"
     )
     chat_template: str | None = setting(
-        None, "The chat template (Jinja text), or 'auto' for the most common one.", type=str, scope="merge"
+        None,
+        "The chat template (Jinja text), a model's name, or 'auto' for the most common one.",
+        type=str,
+        scope="merge",
     )
     experts: dict[str, Any] | None = field(default=None, metadata={"help": "The experts by name."})
     base_model: Any = field(default=None, metadata={"help": "The base model."})
@@ -115,6 +168,8 @@ class MergeConfig(HubMixin):
         self.rules = [dict(rule) if isinstance(rule, Mapping) else rule for rule in self.rules]
         for index, rule in enumerate(self.rules):
             self._check_rule(f"{type(self).__name__}.rules[{index}]", rule)
+        self.tokens = {} if self.tokens is None else self.tokens
+        parse_token_rules(f"{type(self).__name__}.tokens", self.tokens)
         self.next_recipes()
         if self.hf_merge_version is None:
             self.hf_merge_version = __version__
@@ -145,7 +200,7 @@ class MergeConfig(HubMixin):
             )
         where = f"{type(self).__name__}.then"
         for index, step in enumerate(self.then):
-            for key in ("then", "heads", "dtype", "tokenizer", "chat_template", "experts", "base_model"):
+            for key in ("then", *_WHOLE_RECIPE):
                 if step.get(key):
                     raise ConfigError(
                         f"{where}[{index}]: '{key}' belongs to the recipe as a whole, not to a step of 'then'."
@@ -172,6 +227,23 @@ class MergeConfig(HubMixin):
         patterns = [(key, pattern) for key in ("include", "exclude") for pattern in getattr(self, key) or ()]
         patterns += [(f"rules[{index}]['match']", rule["match"]) for index, rule in enumerate(self.rules)]
         return [(key, pattern) for key, pattern in patterns if not any(re.search(pattern, name) for name in names)]
+
+    def overruled(self, names: Sequence[str]) -> list[str]:
+        """The patterns of `rules` that match some of `names`, but whose every setting an earlier rule decides wherever they do."""
+        idle = {
+            index for index, rule in enumerate(self.rules) if any(re.search(rule["match"], name) for name in names)
+        }
+        for name in names:
+            decided: set[str] = set()
+            for index, rule in enumerate(self.rules):
+                if not re.search(rule["match"], name):
+                    continue
+                given = rule.keys() - {"match"}
+                if given - decided:
+                    idle.discard(index)
+                # A value for some experts leaves the others to the next rule.
+                decided |= {key for key in given if not isinstance(rule[key], Mapping) or "gradient" in rule[key]}
+        return [self.rules[index]["match"] for index in sorted(idle)]
 
     def resolve(self, name: str, depth: float, experts: Sequence[str]) -> MergeConfig:
         """The settings of one parameter: a config whose rules are applied and whose values are plain.

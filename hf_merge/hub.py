@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError, OutputError, suggest
 
 
+HEADS_FOLDER = "heads"
+CONFIG_NAME = "merge_config.json"
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 _OTHER_FILES = [
     "*.json",
@@ -24,8 +27,13 @@ _OTHER_FILES = [
     "merges*",
     "README.md",
 ]
-_SAFE_WEIGHTS = ["model*.safetensors", "*/model*.safetensors"]
-_TORCH_WEIGHTS = ["pytorch_model*.bin", "*/pytorch_model*.bin"]
+_SAFE_WEIGHTS = [
+    "model*.safetensors",
+    "*/model*.safetensors",
+    "adapter_model.safetensors",
+    "*/adapter_model.safetensors",
+]
+_TORCH_WEIGHTS = ["pytorch_model*.bin", "*/pytorch_model*.bin", "adapter_model.bin", "*/adapter_model.bin"]
 
 
 class HubMixin:
@@ -79,25 +87,103 @@ def upload_folder(
     folder: Path,
     repo_id: str,
     *,
+    path_in_repo: str | None = None,
     commit_message: str | None = None,
     private: bool | None = None,
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Uploads a folder to a model repository, which is created when missing. Returns the URL of the commit."""
+    """Uploads a folder to a model repository. Repository and branch are made when missing. Returns the URL of the commit.
+
+    Args:
+        folder (`Path`): What is uploaded.
+        repo_id (`str`): The repository, `name` or `namespace/name`.
+        path_in_repo (`str`, *optional*): Where to in the repository; its root by default.
+        commit_message, private, token, revision, create_pr: As in [`~Merger.push_to_hub`].
+
+    Raises:
+        OutputError: The Hub refuses, or cannot be reached.
+    """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        commit_message=commit_message or "Upload merged model",
-        revision=revision,
-        create_pr=create_pr,
-    )
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            path_in_repo=path_in_repo,
+            commit_message=commit_message or "Upload merged model",
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except (HTTPError, HFValidationError, OSError) as error:
+        raise OutputError(
+            f"Cannot push to '{repo_id}': {_reason(error)}. Check the name and the network, and log in with `hf auth login`."
+        ) from error
     return str(commit)
+
+
+def push_folder(folder: str | Path, repo_id: str, **upload_kwargs) -> str:
+    """Uploads a merged folder, or a folder with a recipe, as it is.
+
+    Args:
+        folder (`str` or `Path`): Written by `save_pretrained`.
+        repo_id (`str`): The repository.
+        upload_kwargs: `commit_message`, `private`, `token`, `revision`, `create_pr`.
+
+    Returns:
+        `str`: The URL of the commit.
+    """
+    folder = _merged_folder(folder)
+    return upload_folder(folder, repo_id, **upload_kwargs)
+
+
+def push_heads(folder: str | Path, repo_id: str, tasks: Sequence[str], **upload_kwargs) -> str:
+    """Uploads heads that a merged folder keeps per task, beside the backbone that the repository has.
+
+    Args:
+        folder (`str` or `Path`): Written by `save_pretrained`.
+        repo_id (`str`): The repository.
+        tasks (`Sequence[str]`): Whose heads.
+        upload_kwargs: `commit_message`, `private`, `token`, `revision`, `create_pr`.
+
+    Returns:
+        `str`: The URL of the last commit.
+    """
+    heads = _merged_folder(folder) / HEADS_FOLDER
+    known = sorted(path.name for path in heads.iterdir() if path.is_dir()) if heads.is_dir() else []
+    unknown = [task for task in tasks if task not in known]
+    if unknown or not tasks:
+        wanted = f"'{unknown[0]}'" if unknown else "no task"
+        raise ConfigError(
+            f"'{folder}' keeps no head for {wanted}.{suggest(unknown[0], known) if unknown else ''} "
+            f"Tasks: {', '.join(known) or 'none'}."
+        )
+    message = upload_kwargs.pop("commit_message", None)
+    for task in tasks:
+        commit = upload_folder(
+            heads / task,
+            repo_id,
+            path_in_repo=f"{HEADS_FOLDER}/{task}",
+            commit_message=message or f"Upload the head of {task}",
+            **upload_kwargs,
+        )
+    return commit
+
+
+def _merged_folder(folder: str | Path) -> Path:
+    """A folder that this library wrote; anything else is not uploaded by accident."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise CheckpointError(f"The folder '{folder}' does not exist.")
+    if not (path / CONFIG_NAME).is_file():
+        raise CheckpointError(f"'{folder}' holds no {CONFIG_NAME}, so it is no merged model and no recipe.")
+    return path
 
 
 def is_local(name_or_path: str | Path) -> bool:
@@ -135,11 +221,12 @@ def fetch_file(name_or_path: str | Path, filename: str, **hub_kwargs) -> Path:
         raise CheckpointError(_unreachable(name_or_path, error)) from error
 
 
-def fetch_folder(name_or_path: str | Path, **hub_kwargs) -> tuple[Path, str | None]:
+def fetch_folder(name_or_path: str | Path, *, weights: bool = True, **hub_kwargs) -> tuple[Path, str | None]:
     """The local folder of a model and, for a Hub repository, the commit that its revision resolved to.
 
     Args:
         name_or_path (`str` or `Path`): A folder or a Hub id.
+        weights (`bool`): Whether the weights are wanted too.
         hub_kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, `subfolder`.
 
     Raises:
@@ -156,17 +243,22 @@ def fetch_folder(name_or_path: str | Path, **hub_kwargs) -> tuple[Path, str | No
 
     name = os.fspath(name_or_path)
     try:
-        folder = Path(snapshot_download(name, allow_patterns=_OTHER_FILES + _SAFE_WEIGHTS, **hub_kwargs))
-        if not any((folder / subfolder).glob("*.safetensors")):
+        wanted = _OTHER_FILES + (_SAFE_WEIGHTS if weights else [])
+        folder = Path(snapshot_download(name, allow_patterns=wanted, **hub_kwargs))
+        if weights and not any((folder / subfolder).glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=_OTHER_FILES + _TORCH_WEIGHTS, **hub_kwargs))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(_unreachable(name_or_path, error)) from error
     return folder / subfolder, folder.name
 
 
+def _reason(error: Exception) -> str:
+    """The first line of an error."""
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+
+
 def _unreachable(name_or_path: str | Path, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"'{name_or_path}' is neither a local folder nor a Hub repository that can be read ({reason}). "
+        f"'{name_or_path}' is neither a local folder nor a Hub repository that can be read ({_reason(error)}). "
         "Check the spelling, or your token for a private repository."
     )

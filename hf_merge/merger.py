@@ -27,12 +27,15 @@ from .checkpoints.layout import CheckpointLayout, plan_layout
 from .checkpoints.source import ModelSource
 from .config import MergeConfig
 from .data.calibration import CalibrationData
+from .engines.adapter_output import AdapterSink, checkpoint_layout, needs_base_values, seal_adapter
+from .engines.aligned import align_experts
 from .engines.choice import Engine, choose_engine, find_data_problems, plan_merge
+from .engines.lazy import LazyModel, lazy_merge
 from .engines.opening import Opening
 from .engines.placement import Placement
 from .engines.plan import MergePlan
-from .engines.sealing import head_tensors, processor_source, result_config, result_dtype, seal
-from .engines.streaming import MergeReport, on_disk
+from .engines.sealing import head_tensors, processor_notes, result_config, result_dtype, seal
+from .engines.streaming import MergeReport, StreamingEngine, on_disk
 from .errors import ConfigError, PlanError, suggest
 from .hub import HubMixin, upload_folder
 from .modeling.assembly import assemble, transfer_backbone
@@ -78,7 +81,8 @@ class Merger(HubMixin):
 
         Args:
             experts (`dict` or `list`, *optional*): The experts, by task name or in order: paths, Hub ids, `PreTrainedModel`s,
-                state dicts. The recipe's own when not given.
+                state dicts; PEFT adapters as paths, Hub ids, `PeftModel`s or `{"model": PeftModel, "adapter": name}`. The recipe's
+                own when not given.
             config ([`MergeConfig`], *optional*): The recipe. `WudiConfig()` when a base model is known, `LinearConfig()`
                 otherwise.
             base_model (*optional*): The model that the experts were fine-tuned from. When not given: the recipe's, or the one
@@ -108,11 +112,14 @@ class Merger(HubMixin):
             base_model = config.base_model
         placement = Placement(device_map)
         infer = config is None or get_merge_method(config.merge_type).method_cls.requires_base
-        sources, base = Opening(trust_remote_code, hub_kwargs).models(experts, base_model, infer)
+        opening = Opening(trust_remote_code, hub_kwargs, base_values=config is None or needs_base_values(config))
+        sources, base = opening.models(experts, base_model, infer)
         config = copy.deepcopy(config) if config is not None else default_config(base is not None)
         if dtype is not None:
             config.dtype = str(dtype).removeprefix("torch.")
         config.__post_init__()
+        if config.align is not None:
+            sources = align_experts(sources, base)
         return cls(sources, config, base, placement)
 
     # -- planning -------------------------------------------------------------------------------------------------
@@ -122,7 +129,7 @@ class Merger(HubMixin):
         """What will happen, with the problems found; see [`~Merger.check`]."""
         plan = plan_merge(self.config, self.experts, self.base)
         try:
-            processor_source(plan)
+            plan.notes += processor_notes(plan)
         except ConfigError as error:
             plan.problems.append(str(error))
         return plan
@@ -180,6 +187,11 @@ class Merger(HubMixin):
         Raises:
             PlanError: The models cannot be merged; lists every reason.
         """
+        if self.config.output == "adapter":
+            raise ConfigError(
+                "output='adapter' is written by save_pretrained(folder) and loaded with PeftModel.from_pretrained(base, folder); "
+                "hf_merge.peft.add_merged_adapter adds it to a model in memory."
+            )
         plan, engine = self._prepare(None, data, callbacks, args)
         groups = [SaveGroup([name], {name: info}, True) for name, info in plan.outputs.items()]
         sink = _StateDict()
@@ -215,6 +227,19 @@ class Merger(HubMixin):
         Returns:
             [`~transformers.PreTrainedModel`]: Of that expert's class and config. It has weights of its own.
         """
+        index = self._index_of(task)
+        model = self.model if self.model is not None else self.merge()
+        head = self.plan.heads.get(task)
+        if head is None:
+            return copy.deepcopy(model)
+        source = self.plan.experts[index]
+        tensors = head_tensors(source, head)
+        source = head.model or source
+        state = transfer_backbone(self.plan.target.anatomy, source.anatomy, model.state_dict())
+        return assemble(source.model_class, source.config, state | tensors, result_dtype(self.plan))
+
+    def _index_of(self, task: str) -> int:
+        """Which expert a task is, or the reason why there is no model for it."""
         names = [source.name for source in self.experts]
         if task not in names:
             raise ConfigError(f"No expert is called '{task}'.{suggest(task, names)} Experts: {', '.join(names)}.")
@@ -222,15 +247,24 @@ class Merger(HubMixin):
             raise ConfigError(
                 f"heads='first' kept the head of '{names[0]}' only: use heads='per_task' to keep that of '{task}'."
             )
-        model = self.model if self.model is not None else self.merge()
-        head = self.plan.heads.get(task)
-        if head is None:
-            return copy.deepcopy(model)
-        source = self.experts[names.index(task)]
-        tensors = head_tensors(source, head)
-        source = head.model or source
-        state = transfer_backbone(self.plan.target.anatomy, source.anatomy, model.state_dict())
-        return assemble(source.model_class, source.config, state | tensors, result_dtype(self.plan))
+        return names.index(task)
+
+    def lazy_model(self, task: str | None = None) -> LazyModel:
+        """The merged model as what [`AutoMergedModel`] loads it from: parameters that are merged when they are asked for. Methods
+        that are not defined parameter by parameter are carried out at once.
+
+        Args:
+            task (`str`, *optional*): The expert whose head is wanted; the first one's when not given.
+        """
+        if task is not None:
+            self._index_of(task)
+        plan, engine = self._prepare(None, None, None, None)
+        if plan.adapter is not None:
+            raise ConfigError("The recipe's result is an adapter: use Merger.from_pretrained(config=recipe).merge().")
+        if isinstance(engine, StreamingEngine):
+            return lazy_merge(plan, self.placement, task)
+        model = self.merge() if task is None else self.model_for(task)
+        return LazyModel(type(model), model.config, model.state_dict(), result_dtype(plan), model.generation_config)
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
@@ -277,6 +311,24 @@ class Merger(HubMixin):
             plan, engine = self.check(folder), None
         else:
             plan, engine = self._prepare(folder, data, callbacks, args)
+        if plan.adapter is not None:
+            self._save_adapter(engine, folder)
+        else:
+            self._save_model(plan, engine, folder, max_shard_size)
+        if push_to_hub:
+            upload_folder(folder, repo_id or folder.name, **kwargs)
+
+    def _save_adapter(self, engine: Engine, folder: Path) -> None:
+        plan = self.plan
+        layout = checkpoint_layout(plan.adapter)
+        groups = [SaveGroup([name], {name: info}, True) for name, info in plan.outputs.items()]
+        with OutputFolder(folder, layout, self._fingerprint(layout, engine.identity)) as output:
+            sink = AdapterSink(plan, output.write, output.wants)
+            self.report = engine.run(groups, sink)
+            sink.finish(self.report)
+            seal_adapter(plan, output, self.report)
+
+    def _save_model(self, plan: MergePlan, engine: Engine | None, folder: Path, max_shard_size: int | str) -> None:
         target = plan.target
         groups = plan_saving(target.converter, target.layout, plan.outputs)
         layout = plan_layout({key: info for group in groups for key, info in group.disk.items()}, max_shard_size)
@@ -287,8 +339,6 @@ class Merger(HubMixin):
             else:
                 self._write_model(groups, output)
             seal(plan, output, self.report)
-        if push_to_hub:
-            upload_folder(folder, repo_id or folder.name, **kwargs)
 
     def _write_model(self, groups: Sequence[SaveGroup], output: OutputFolder) -> None:
         state = self.model.state_dict()

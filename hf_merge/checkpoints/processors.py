@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ..errors import CheckpointError
 
@@ -33,19 +34,52 @@ PROCESSOR_FILES = (
     "image_processor_config.json",
     "video_preprocessor_config.json",
     "feature_extractor_config.json",
-    "modules.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )
-PROCESSOR_FOLDERS = ("additional_chat_templates", "1_Pooling", "2_Dense", "2_Normalize", "3_Normalize")
+MODULES = "modules.json"
+_TEMPLATES_FOLDER = "additional_chat_templates"
 
 
 def processor_files(folder: Path) -> list[Path]:
-    """The tokenizer and processor files of a model folder, relative to it."""
-    files = [Path(name) for name in PROCESSOR_FILES if (folder / name).is_file()]
-    for name in PROCESSOR_FOLDERS:
+    """The tokenizer and processor files of a model folder, and those of its sentence-transformers modules, relative to it.
+
+    Raises:
+        CheckpointError: `modules.json` is malformed, or names a module outside of the folder.
+    """
+    files = [Path(name) for name in (*PROCESSOR_FILES, MODULES) if (folder / name).is_file()]
+    for name in (_TEMPLATES_FOLDER, *module_folders(folder)):
         files += sorted(path.relative_to(folder) for path in (folder / name).rglob("*") if path.is_file())
     return files
+
+
+def module_folders(folder: Path) -> list[str]:
+    """The folders of the sentence-transformers modules that come after the transformer (pooling, dense layers, ...), in order,
+    from `modules.json`.
+
+    Raises:
+        CheckpointError: It is malformed, or names a module outside of the folder.
+    """
+    path = folder / MODULES
+    if not path.is_file():
+        return []
+    try:
+        paths = [entry["path"] for entry in json.loads(path.read_text(encoding="utf-8"))]
+        parts = [PurePosixPath(name).parts for name in paths]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"'{path}' is not a list of sentence-transformers modules: {error!r}.") from error
+    for name, pieces in zip(paths, parts, strict=True):
+        if name.startswith("/") or ".." in pieces or any(character in name for character in "\\\0:"):
+            raise CheckpointError(f"'{path}' names the module {name!r}: only folders inside the model's are read.")
+    return [name for name in dict.fromkeys(paths) if name not in ("", ".")]
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file beside the weights, or a [`CheckpointError`] that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error}.") from error
 
 
 def chat_template_of(folder: Path) -> str | None:

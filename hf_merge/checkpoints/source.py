@@ -20,7 +20,9 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
 from ..hub import fetch_folder
 from ..modeling.shell import Anatomy, build_shell, model_class_of
+from ..modeling.vocabulary import vocabulary_axes
 from .conversion import ConversionGroup, Converter, NameMap
+from .processors import processor_files, vocabulary_of
 from .storage import StateDictStorage, Storage, TensorInfo, open_storage
 
 
@@ -80,6 +82,8 @@ class ModelSource:
         live ([`~transformers.PreTrainedModel`], *optional*): The model itself, when it was passed in memory; the names in
             `storage` are module names then.
         notes (`list[str]`): What the plan of a merge should say about this model.
+        processors (`Path`, *optional*): The folder of its tokenizer or processor, where that is not `folder`.
+        keep (*optional*): What has to live as long as the source, such as a temporary folder.
     """
 
     name: str
@@ -91,6 +95,8 @@ class ModelSource:
     generation_config: GenerationConfig | None = None
     live: PreTrainedModel | None = None
     notes: list[str] = field(default_factory=list)
+    processors: Path | None = None
+    keep: Any = field(default=None, repr=False)
     _cache: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
@@ -105,6 +111,23 @@ class ModelSource:
     def fingerprint(self) -> list[Any]:
         """What identifies the weights, for resuming a merge; unique for weights in memory, which cannot be recognised."""
         return [str(self.folder), *self.storage.fingerprint()] if self.folder is not None else [str(uuid.uuid4())]
+
+    @property
+    def processor_folder(self) -> Path | None:
+        """Where its tokenizer or processor is; `None` when it has none."""
+        folder = self.processors or self.folder
+        return folder if folder is not None and processor_files(folder) else None
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int] | None:
+        """Token -> id of its tokenizer; `None` when that is not known."""
+        folder = self.processor_folder
+        return vocabulary_of(folder) if folder is not None else None
+
+    @cached_property
+    def vocabulary_axes(self) -> dict[str, int]:
+        """The stored parameters with one slice per token: module name -> axis of the vocabulary."""
+        return {name: axis for name, axis in vocabulary_axes(self.shell).items() if name in self.parameters}
 
     @property
     def quantization(self) -> str | None:

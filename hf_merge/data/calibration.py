@@ -35,8 +35,8 @@ class CalibrationData:
             dictionary when the tasks differ.
         max_length (`int`, *optional*): Texts are cut to this many tokens.
         augment (`Callable`, *optional*): Changes samples: `augment(task, arguments, generator) -> arguments`, with the number of
-            the task, the tensors of a forward, and a numpy generator. Fresh masks for a masked language model, flips and shifts
-            for images. Methods of the FS-Merge family change every batch of training, all others the `copies`.
+            the task, the tensors of a forward for some samples (of equal shape, for copies), and a numpy generator. Fresh masks
+            for a masked language model; for images see [`RandomShift`] and [`Mixup`]. Methods of the FS-Merge family change every batch of training, all others the `copies`.
         copies (`int`): How many times each sample is there; all but the first time it is changed by `augment`.
 
     Raises:
@@ -115,17 +115,25 @@ class CalibrationData:
             one, labels[model.task] = to_samples(
                 rows, model, _for_task(self.processor, model.task), self._columns_of(model.task), self.max_length
             )
-            samples.append(one + self._copies(task, one, generator))
+            samples.append(
+                [*one, *(copy for _ in range(self.copies - 1) for copy in self._changed(task, one, generator))]
+            )
             labels[model.task] *= self.copies
         return TaskSamples(samples, labels, [_padding(model) for model in models])
 
-    def _copies(self, task: int, samples: Sequence[Sample], generator: np.random.Generator) -> list[Sample]:
-        """Changed copies of samples, `copies - 1` of each."""
-        changed = []
-        for sample in [sample for _ in range(self.copies - 1) for sample in samples]:
-            batch = self.augment(task, {key: value.unsqueeze(0) for key, value in sample.items()}, generator)
-            changed.append({key: value.squeeze(0) for key, value in batch.items()})
-        return changed
+    def _changed(self, task: int, samples: Sequence[Sample], generator: np.random.Generator) -> list[Sample]:
+        """A changed copy of every sample; those of equal shapes are changed together."""
+        alike: dict[tuple, list[int]] = {}
+        for index, sample in enumerate(samples):
+            shapes = tuple((key, value.dtype, tuple(value.shape)) for key, value in sample.items())
+            alike.setdefault(shapes, []).append(index)
+        changed: dict[int, Sample] = {}
+        for indices in alike.values():
+            batch = {key: torch.stack([samples[index][key] for index in indices]) for key in samples[indices[0]]}
+            batch = self.augment(task, batch, generator)
+            for row, index in enumerate(indices):
+                changed[index] = {key: value[row] for key, value in batch.items()}
+        return [changed[index] for index in range(len(samples))]
 
     def _columns_of(self, task: str) -> Sequence[str] | None:
         columns = _for_task(self.columns, task)

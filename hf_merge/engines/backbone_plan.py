@@ -10,16 +10,18 @@ from collections.abc import Sequence
 import torch
 from transformers import PretrainedConfig
 
-from ..checkpoints.processors import moved_tokens, vocabulary_of
+from ..checkpoints.processors import moved_tokens
 from ..checkpoints.source import ModelReference, ModelSource
 from ..checkpoints.storage import Storage, TensorInfo
 from ..config import MergeConfig
 from ..errors import CheckpointError
 from ..methods.base import ParameterKind
+from ..modeling.blocks import find_block_lists
 from ..modeling.shell import build_shell
 from ..registry import get_merge_method
 from .heads import HeadPlan
 from .plan import MergePlan, PlannedParameter
+from .vocabulary import align_vocabularies
 
 
 # The same weights would mean something else, or rows of a table would, where one of these differs.
@@ -64,7 +66,9 @@ def build_backbone_plan(config: MergeConfig, experts: Sequence[ModelSource], bas
         experts (`Sequence[ModelSource]`): At least two.
         base ([`ModelSource`], *optional*): Not used; the plan says so.
     """
-    plan = MergePlan(config, list(experts), None)
+    aligned = align_vocabularies(config, experts, None)
+    experts = aligned.experts
+    plan = MergePlan(config, experts, None, notes=aligned.notes, problems=aligned.problems)
     method = get_merge_method(config.merge_type).method_cls
     plan.problems += method.refusals(config.merge_type, len(experts), base is not None)
     if base is not None:
@@ -76,6 +80,9 @@ def build_backbone_plan(config: MergeConfig, experts: Sequence[ModelSource], bas
         plan.problems.append(
             f"heads='{config.heads}' is not possible: every head is kept, with the map to its features folded in."
         )
+    blocks, depth = getattr(config, "blocks", None), len(_blocks_of(plan.experts[0]))
+    if blocks is not None and blocks > depth:
+        plan.problems.append(f"blocks={blocks} is more than the {depth} blocks of {plan.experts[0]}.")
     if plan.problems:
         return plan
     width = getattr(config, "merged_width", None) or plan.experts[0].config.hidden_size
@@ -146,13 +153,13 @@ def _differences(experts: Sequence[ModelSource], may_differ_in_width: bool) -> l
 
 
 def _token_differences(first: ModelSource, other: ModelSource) -> list[str]:
-    tables = [vocabulary_of(source.folder) if source.folder is not None else None for source in (first, other)]
+    tables = [first.vocabulary, other.vocabulary]
     if None in tables:
         return []
     difference = moved_tokens(*tables)
     if not difference:
         return []
-    return [f"The tokenizers of {first} and {other} differ: {difference}. Bring the models to one tokenizer first."]
+    return [f"The tokenizers of {first} and {other} differ: {difference}. tokenizer='union' keeps all tokens."]
 
 
 def _backbone_names(source: ModelSource) -> set[str]:
@@ -216,24 +223,48 @@ def set_width(config: PretrainedConfig, width: int) -> None:
 
 def _plan_parameters(plan: MergePlan, merged: Sequence[ModelSource]) -> None:
     target = plan.target
+    apart = _kept_apart(target, getattr(plan.config, "blocks", None))
     for name, info in target.anatomy.parameters.items():
         stored = target.parameters.get(name)
         if stored is None or (info.kind is ParameterKind.BUFFER and name not in plan.experts[0].parameters):
             continue
         planned = PlannedParameter(name, info.kind, info.depth, "merge", [], None, _output(plan, stored), plan.config)
         canonical = target.anatomy.canonical(name)
-        if is_backbone(target, name):
+        if name in apart:
+            planned.action, planned.copy_from = "copy", target.name
+            planned.reason = f"comes after the merged blocks, '{target.name}' keeps its own"
+        elif is_backbone(target, name):
             planned.experts = [source.anatomy.by_canonical[canonical] for source in plan.experts]
         else:
             planned.action, planned.copy_from = "copy", target.name
             planned.reason = f"head of '{target.name}', with the map to its features folded in"
         plan.parameters.append(planned)
     for source, model in zip(plan.experts, merged, strict=True):
-        outputs = {
-            name: _output(plan, stored) for name, stored in model.parameters.items() if not is_backbone(model, name)
-        }
+        own = {name for name in model.parameters if not is_backbone(model, name)}
+        own |= _kept_apart(model, getattr(plan.config, "blocks", None))
+        outputs = {name: _output(plan, stored) for name, stored in model.parameters.items() if name in own}
         if outputs:
             plan.heads[source.name] = HeadPlan(source.name, list(outputs), outputs, model)
+
+
+def _kept_apart(source: ModelSource, blocks: int | None) -> set[str]:
+    """The parameters of the backbone behind the first `blocks` blocks."""
+    if blocks is None:
+        return set()
+    later = tuple(f"{name}." for name in list(_blocks_of(source))[blocks:])
+    lists = tuple(f"{name}." for name in find_block_lists(source.shell))
+    return {
+        name
+        for name, info in source.anatomy.parameters.items()
+        if is_backbone(source, name)
+        and info.kind is not ParameterKind.BUFFER
+        and (name.startswith(later) or (info.depth == 1.0 and not name.startswith(lists)))
+    }
+
+
+def _blocks_of(source: ModelSource) -> list[str]:
+    lists = find_block_lists(source.shell)
+    return [f"{name}.{index}" for name, blocks in lists.items() for index in range(len(blocks))]
 
 
 def _output(plan: MergePlan, stored: TensorInfo) -> TensorInfo:

@@ -4,11 +4,9 @@ map to each expert's features is folded into its head.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -17,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import __version__
 from ..checkpoints.conversion import SaveGroup
 from ..checkpoints.source import ModelSource
 from ..data.batching import collate
 from ..data.calibration import CalibrationData
-from ..errors import NonFiniteError
-from ..methods.backbone_base import BackboneGroup, BackboneMethod, FeatureSource, FeatureTap, OutputMap
+from ..methods.backbone_base import BackboneGroup, BackboneMethod, FeatureSource, FeatureTap
 from ..modeling.heads import find_attention, find_elementwise
+from ..modeling.precision import mixed_precision
 from ..modeling.topology import backbone_of, example_inputs, trace
 from ..registry import get_merge_method
 from .backbone_plan import is_backbone
+from .backbone_results import folded_head, identity_of, make_map, rounded
 from .calibrated import task_model
 from .options import EngineOptions
 from .placement import Placement
@@ -108,14 +106,27 @@ class BackboneEngine:
             experts=[{name: value.detach() for name, value in one.named_parameters()} for one in backbones],
             modules=backbones,
             taps=taps,
-            maps=[_make_map(model, tap, width) for model, tap in zip(self.models, taps, strict=True)],
+            maps=[
+                make_map(model, tap, width, model.config.hidden_size, self.device)
+                for model, tap in zip(self.models, taps, strict=True)
+            ],
             expert_names=tuple(source.name for source in self.plan.experts),
             settings=self.plan.config,
             source=self._source(student) if self.samples is not None else None,
             monitor=self.options.monitor,
             seed=self.plan.config.seed if self.options.seed is None else self.options.seed,
             accumulation=self.options.gradient_accumulation_steps,
+            apart=self._apart(),
         )
+
+    def _apart(self) -> list[dict[str, Tensor]]:
+        """The parameters of the backbone that every expert keeps for itself."""
+        found = []
+        for source, model in zip(self.plan.experts, self.models, strict=True):
+            head, prefix = self.plan.heads.get(source.name), source.anatomy.backbone_prefix
+            names = [name for name in head.names if is_backbone(source, name)] if head is not None else []
+            found.append({name.removeprefix(prefix): model.get_parameter(name).detach() for name in names})
+        return found
 
     def _source(self, student: nn.Module) -> _LoadedSource:
         return _LoadedSource(
@@ -139,15 +150,20 @@ class BackboneEngine:
         for task, (source, model) in enumerate(zip(self.plan.experts, self.models, strict=True)):
             head = self.plan.heads.get(source.name)
             if head is not None:
-                head.values = _folded_head(model, head.names, group.taps[task], group.maps[task])
+                prefix = source.anatomy.backbone_prefix
+                head.values = {prefix + name: value for name, value in group.apart[task].items()}
+                names = [name for name in head.names if name not in head.values]
+                if names:
+                    state = model.state_dict()
+                    head.values |= folded_head(model, state, names, group.taps[task], group.maps[task])
         first = self.plan.heads.get(target.name)
         prefix = target.anatomy.backbone_prefix
         for planned in self.plan.parameters:
-            if is_backbone(target, planned.name):
+            if first is None or planned.name not in first.names:
                 value = backbone[planned.name.removeprefix(prefix)].detach()
             else:
                 value = first.values[planned.name]
-            results[planned.name] = self._rounded(planned.name, value, planned.info.dtype)
+            results[planned.name] = rounded(self.plan, planned.name, value, planned.info.dtype)
             self.report.parameters[planned.name] = {
                 "kind": planned.kind.value,
                 "action": planned.action,
@@ -156,28 +172,10 @@ class BackboneEngine:
             }
         return results
 
-    def _rounded(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-        result = value.to("cpu", dtype).contiguous()
-        if result.is_floating_point() and not bool(torch.isfinite(result).all()):
-            raise NonFiniteError(
-                f"Merging '{name}' with '{self.plan.config.merge_type}' gave NaN or infinity: lower the learning rate, or check the "
-                "samples."
-            )
-        return result
-
     @cached_property
     def identity(self) -> str:
         """Identifies what is computed: recipe, models, samples and precision."""
-        content: list[Any] = [
-            __version__,
-            self.plan.config.to_dict(),
-            self.plan.to_dict()["parameters"],
-            [source.fingerprint() for source in self.plan.experts],
-            self.samples.fingerprint() if self.samples is not None else None,
-            repr(self._augment),
-            [self.options.bf16, self.options.gradient_accumulation_steps, self.options.seed],
-        ]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+        return identity_of(self.plan, self.samples, self._augment, self.options)
 
 
 class _LoadedSource(FeatureSource):
@@ -205,8 +203,8 @@ class _LoadedSource(FeatureSource):
         arguments = {name: value.to(self._device) for name, value in batch.inputs.items() if name != "labels"}
         return arguments if self._augment is None or generator is None else self._augment(task, arguments, generator)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
+    def _autocast(self) -> AbstractContextManager[None]:
+        return mixed_precision(self._device, self._bf16)
 
     def run_student(self, inputs: Mapping[str, Tensor]) -> Any:
         with self._autocast():
@@ -237,28 +235,3 @@ def _returning(module: nn.Module, output: Any):
         yield
     finally:
         del module.forward
-
-
-def _make_map(model: PreTrainedModel, tap: FeatureTap | None, width: int) -> OutputMap | None:
-    if tap is None:
-        return None
-    layers = [model.get_submodule(name) for name in tap.layers]
-    has_bias = all(getattr(layer, "bias", None) is not None for layer in layers)
-    return OutputMap(width, model.config.hidden_size, has_bias).to(next(model.parameters()).device)
-
-
-def _folded_head(
-    model: PreTrainedModel, names: Sequence[str], tap: FeatureTap, output_map: OutputMap
-) -> dict[str, Tensor]:
-    """An expert's head for merged features, by module name."""
-    state = model.state_dict()
-    values = {name: state[name].detach().clone() for name in names}
-    for layer in tap.layers:
-        module = model.get_submodule(layer)
-        transposed = not isinstance(module, nn.Linear)
-        weight = module.weight.mT if transposed else module.weight
-        folded, bias = output_map.fold_into(weight.detach(), None if module.bias is None else module.bias.detach())
-        values[f"{layer}.weight"] = folded.mT if transposed else folded
-        if bias is not None:
-            values[f"{layer}.bias"] = bias
-    return values

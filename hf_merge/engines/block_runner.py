@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..data.batching import Batch
 from ..data.cache import ActivationCache, CachedTensor
 from ..errors import NonFiniteError, UnsupportedModelError
+from ..modeling.precision import mixed_precision
 from ..modeling.reentry import BlockCall, Reentry, compare_outputs, main_output, map_structure, without_caches
 from ..modeling.residency import Reader, build_runnable_shell, entries_of, materialise, move_buffers, release
 from ..modeling.shell import output_embeddings
@@ -83,6 +84,9 @@ class BlockRunner:
         cache ([`ActivationCache`]): Keeps its activations.
         device (`torch.device`): Where it runs.
         bf16 (`bool`): Whether blocks run in bfloat16 (autocast).
+
+    **Attributes**:
+        - **running** (`Key` or `None`) -- The batch that runs now, for hooks outside of blocks.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class BlockRunner:
         self.cache = cache
         self.device = device
         self.bf16 = bf16
+        self.running: Key | None = None
         self.reentry = Reentry(model)
         inside = tuple(f"{name}." for name in self.reentry.blocks)
         self._outside = [name for name in entries_of(model) if not name.startswith(inside)]
@@ -129,12 +134,18 @@ class BlockRunner:
     @contextlib.contextmanager
     def block_resident(self, name: str) -> Iterator[nn.Module]:
         """The weights of one block are there."""
-        names = [entry for entry in entries_of(self.model) if entry.startswith(f"{name}.")]
-        materialise(self.model, names, self.read, self.device)
+        materialise(self.model, self._entries_in(name), self.read, self.device)
         try:
             yield self.reentry.blocks[name]
         finally:
-            release(self.model, names)
+            self.release_block(name)
+
+    def release_block(self, name: str) -> None:
+        """Frees the weights of one block."""
+        release(self.model, self._entries_in(name))
+
+    def _entries_in(self, block: str) -> list[str]:
+        return [entry for entry in entries_of(self.model) if entry.startswith(f"{block}.")]
 
     # -- running --------------------------------------------------------------------------------------------------
 
@@ -145,7 +156,9 @@ class BlockRunner:
         if waiting:
             with self.outside_resident():
                 for key in waiting:
+                    self.running = key
                     self._advance(key)
+                self.running = None
         return {key: one.call.block for key, one in self._progress.items() if one.call is not None}
 
     def _advance(self, key: Key) -> None:
@@ -181,7 +194,7 @@ class BlockRunner:
 
     def run(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """The output of a block, in the precision that was asked for."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with mixed_precision(self.device, self.bf16):
             return module(*args, **kwargs)
 
     @torch.no_grad()
@@ -213,6 +226,18 @@ class BlockRunner:
         progress.finished.add(call.block)
         progress.call = None
         return kept[id(main)]
+
+    def final_output(self, key: Key, module: nn.Module) -> Any:
+        """What a module gives in a forward in which every block is replaced by its recorded output: differentiable in the weights
+        outside of the blocks. Asked for when all blocks are finished and before the batch advances to its end.
+
+        Args:
+            key (`tuple[int, int]`): The batch.
+            module (`torch.nn.Module`): A part of the model, such as its backbone.
+        """
+        outputs = _Outputs(self._progress[key], self.reentry, self.device)
+        with mixed_precision(self.device, self.bf16):
+            return self.reentry.final_output(self._inputs(self.batches[key]), outputs, module)
 
     def drop(self, key: Key) -> None:
         """Forgets a batch."""

@@ -22,16 +22,18 @@ from torch import Tensor, nn
 from .. import __version__
 from ..checkpoints.conversion import SaveGroup
 from ..checkpoints.source import ModelSource
-from ..data.cache import ActivationCache, CachedTensor
+from ..data.cache import CachedTensor
 from ..data.calibration import CalibrationData
 from ..errors import NonFiniteError, UnsupportedModelError
 from ..methods.base import TensorGroup
 from ..methods.block_base import BlockActivations, BlockGroup, BlockInputs, BlockMethod
 from ..modeling.reentry import main_output
+from ..modeling.residency import return_memory
 from ..registry import get_merge_method
 from .block_runner import BlockRunner, Key, open_runner
 from .block_store import BlockStore
 from .calibrated import initial_plan, is_left_to_method, parameter_row, task_model
+from .head_fitting import HeadFitter, LazyParameters, with_fitted_head
 from .options import EngineOptions
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
@@ -60,10 +62,7 @@ class BlockwiseEngine:
         self._by_name = {parameter.name: parameter for parameter in plan.parameters}
         self._outside: dict[str, Tensor] = {}
         self.samples = data.load([task_model(source) for source in plan.experts])
-        dtype = getattr(torch, self.options.cache_dtype) if self.options.cache_dtype else None
-        self.cache = ActivationCache(
-            self.options.cache, self.options.cache_limit, self.options.work_dir and self.options.work_dir.parent, dtype
-        )
+        self.cache = self.options.open_cache()
         self.store = BlockStore(self.options.work_dir, self.identity)
 
     def run(self, groups: list[SaveGroup], sink: Sink) -> MergeReport:
@@ -81,11 +80,12 @@ class BlockwiseEngine:
             self._merge_blocks()
         finally:
             self.cache.close()
+        self._fit_readout()
         self.report.seconds["blocks"] = time.perf_counter() - start
         start = time.perf_counter()
         for group in groups:
             if sink.wants(list(group.disk)):
-                merged = {name: self._result(name) for name in group.names}
+                merged = with_fitted_head(self.plan, {name: self._result(name) for name in group.names})
                 for key, tensor in on_disk(self.plan, group, merged).items():
                     sink.write(key, tensor)
         self.report.seconds["merge"] = time.perf_counter() - start
@@ -104,6 +104,7 @@ class BlockwiseEngine:
         while (stage := models.next_stage()) is not None:
             reached.add(stage.block)
             self._merge_block(models, stage, stage.block in skipped)
+            return_memory()
         self.options.monitor.end()
         missed = [block for block in models.blocks if block not in reached]
         if missed:
@@ -123,9 +124,19 @@ class BlockwiseEngine:
                 self._round(student, stage.block)
             else:
                 group = self._group(stage.block, student, experts, activations)
+                group.on_release = lambda: models.release_experts(stage.block)
                 self.method.merge_block(group)
                 self._finish_block(group)
             activations.push()
+
+    def _fit_readout(self) -> None:
+        merged = LazyParameters(list(self._by_name), self._result)
+        fitter = HeadFitter(self.plan, self.samples, merged, self.options, self.device)
+        if self.plan.config.fit_poolers:
+            for name, value in fitter.fit_poolers().items():
+                self._outside[name] = self._rounded(self._by_name[name], value)
+        if self.plan.config.fit_heads:
+            self.report.heads = fitter.fit_heads()
 
     def _merged_names(self, block: str) -> list[str]:
         """The parameters of a block that the method merges."""
@@ -322,6 +333,11 @@ class _Models:
         block = min(found.values(), key=self.student.reentry.order.__getitem__)
         tasks = range(len(self.experts))
         return _Stage(block, [[key for key in found if key[0] == task and found[key] == block] for task in tasks])
+
+    def release_experts(self, block: str) -> None:
+        """Frees the weights of a block of each expert before its time."""
+        for names, runner in zip(self._expert_names, self.experts, strict=True):
+            runner.release_block(names[block])
 
     @contextmanager
     def resident(self, block: str) -> Iterator[tuple[nn.Module, list[nn.Module]]]:

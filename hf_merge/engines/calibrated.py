@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,7 +55,7 @@ def task_model(source: ModelSource) -> TaskModel:
         arguments=arguments,
         main_input=source.shell.main_input_name,
         positions=_positions(source),
-        folder=Path(source.folder) if source.folder is not None else None,
+        folder=source.processor_folder or source.folder,
     )
 
 

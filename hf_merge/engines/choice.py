@@ -14,6 +14,9 @@ from ..methods.base import TensorMethod
 from ..methods.block_base import BlockMethod
 from ..methods.model_base import ModelMethod
 from ..registry import get_merge_method
+from .adapter_output import plan_adapter
+from .adapters import AdapterEngine, all_adapters
+from .backbone_blocks import BackboneBlocksEngine
 from .backbone_plan import build_backbone_plan
 from .backbones import BackboneEngine
 from .blockwise import BlockwiseEngine
@@ -47,7 +50,10 @@ def plan_merge(config: MergeConfig, experts: Sequence[ModelSource], base: ModelS
     """
     method = get_merge_method(config.merge_type).method_cls
     build = build_backbone_plan if issubclass(method, BackboneMethod) else build_plan
-    return build(config, experts, base)
+    plan = build(config, experts, base)
+    if config.output == "adapter":
+        plan_adapter(plan)
+    return plan
 
 
 def find_data_problems(plan: MergePlan, data: CalibrationData | None, has_options: bool = False) -> list[str]:
@@ -78,8 +84,14 @@ def find_data_problems(plan: MergePlan, data: CalibrationData | None, has_option
         )
     else:
         problems += data.problems([source.name for source in plan.experts])
-        if data.augment is not None and data.copies == 1 and not issubclass(method, BackboneMethod):
+        keeps_samples = not issubclass(method, BackboneMethod) or is_block_wise(plan.config)
+        if data.augment is not None and data.copies == 1 and keeps_samples:
             problems.append(f"The method '{name}' takes every sample as it is: with 'augment', set copies=8 or so.")
+    if getattr(plan.config, "fit_heads", False) and not plan.heads and not plan.problems:
+        problems.append(
+            "fit_heads=True fits heads that are kept per task, and there are none: leave it out, or set heads='per_task' if the "
+            "models have heads."
+        )
     if issubclass(method, (BlockMethod, ModelMethod)) and not plan.problems:
         problems += initial_plan(plan).problems
     return problems
@@ -101,8 +113,15 @@ def choose_engine(
         return BlockwiseEngine(plan, placement, data, options)
     if issubclass(method, ModelMethod):
         return EndToEndEngine(plan, placement, data, options)
+    if issubclass(method, BackboneMethod) and is_block_wise(plan.config):
+        return BackboneBlocksEngine(plan, placement, data, options)
     if issubclass(method, BackboneMethod):
         return BackboneEngine(plan, placement, data, options)
     if issubclass(method, TensorMethod):
-        return StreamingEngine(plan, placement)
+        return AdapterEngine(plan, placement) if all_adapters(plan.experts) else StreamingEngine(plan, placement)
     raise NotImplementedError(f"{method.__name__} follows none of the contracts of hf_merge.methods")
+
+
+def is_block_wise(config: MergeConfig) -> bool:
+    """Whether a method without a shared base merges one block after another."""
+    return getattr(config, "block_wise", False)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..checkpoints.processors import added_tokens, moved_tokens, vocabulary_of
+from ..checkpoints.processors import added_tokens, moved_tokens
 from ..checkpoints.source import ModelSource
 
 
@@ -104,8 +104,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _compare_tokenizers(sources: Sequence[ModelSource], found: Incompatibilities) -> None:
-    tables = [(source, vocabulary_of(source.folder)) for source in sources if source.folder is not None]
-    known = [(source, table) for source, table in tables if table is not None]
+    known = [(source, source.vocabulary) for source in sources if source.vocabulary is not None]
     for other, table in known[1:]:
         first, reference = known[0]
         difference = moved_tokens(reference, table)
@@ -114,5 +113,5 @@ def _compare_tokenizers(sources: Sequence[ModelSource], found: Incompatibilities
         if difference:
             found.problems.append(
                 f"The tokenizers of {first} and {other} differ: {difference}. Row k of the embeddings would mean different "
-                "tokens: bring the models to one tokenizer first."
+                "tokens: choose the result's tokenizer, tokenizer='union' (all tokens), 'base' or an expert's name."
             )

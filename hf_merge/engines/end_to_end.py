@@ -26,6 +26,7 @@ from ..methods.model_base import ModelGroup, ModelMethod
 from ..registry import get_merge_method
 from .blockwise import BlockwiseEngine
 from .calibrated import initial_plan, is_left_to_method, parameter_row, task_model
+from .head_fitting import HeadFitter, with_fitted_head
 from .options import EngineOptions
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter, build_plan
@@ -68,12 +69,12 @@ class EndToEndEngine:
         """
         pending = [group for group in groups if sink.wants(list(group.disk))]
         start = time.perf_counter()
-        if pending:
+        if pending or self.plan.config.fit_heads:
             self._merge()
         self.report.seconds["model"] = time.perf_counter() - start
         start = time.perf_counter()
         for group in pending:
-            merged = {name: self._results.pop(name) for name in group.names}
+            merged = with_fitted_head(self.plan, {name: self._results.pop(name) for name in group.names})
             for key, tensor in on_disk(self.plan, group, merged).items():
                 sink.write(key, tensor)
         self.report.seconds["merge"] = time.perf_counter() - start
@@ -95,6 +96,16 @@ class EndToEndEngine:
         self.report.blocks["model"] = group.report
         for name, parameter in merged.items():
             self._results[name] = self._finish(parameter, group.parameters[name], shared[name].detach())
+        self._fit_readout()
+
+    def _fit_readout(self) -> None:
+        fitter = HeadFitter(self.plan, self.samples, self._results, self.options, self.device)
+        if self.plan.config.fit_poolers:
+            planned = {parameter.name: parameter for parameter in self.plan.parameters}
+            for name, value in fitter.fit_poolers().items():
+                self._results[name] = self._rounded(planned[name], value)
+        if self.plan.config.fit_heads:
+            self.report.heads = fitter.fit_heads()
 
     def _block_wise_start(self) -> dict[str, Tensor]:
         """The merged parameters where `init` names a block-wise method, which is carried out first; empty otherwise."""

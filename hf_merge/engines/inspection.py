@@ -17,7 +17,7 @@ from .streaming import StreamingEngine, progress
 
 @dataclass
 class LayerInspection:
-    """One parameter: the norm of each task vector, their cosines, the share of entries whose signs conflict.
+    """One parameter: the norm of each task vector, their products and cosines, the entries whose signs conflict.
 
     Args:
         name (`str`): The module name.
@@ -40,6 +40,15 @@ class LayerInspection:
     wudi_loss_before: float | None = None
     wudi_loss_after: float | None = None
     effective_rank: float | None = None
+
+    @property
+    def cosines(self) -> list[list[float]]:
+        """cos(τ_i, τ_j); 0 where one of them is zero."""
+        return _cosines(self.products, self.norms)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        return vars(self) | {"cosines": self.cosines}
 
 
 @dataclass
@@ -64,12 +73,9 @@ class Inspection:
     @property
     def cosines(self) -> list[list[float]]:
         """cos(τ_i, τ_j) over all parameters."""
-        norms, count = self.norms, len(self.expert_names)
-        sums = [[sum(layer.products[i][j] for layer in self.layers) for j in range(count)] for i in range(count)]
-        return [
-            [sums[i][j] / (norms[i] * norms[j]) if norms[i] and norms[j] else 0.0 for j in range(count)]
-            for i in range(count)
-        ]
+        count = range(len(self.expert_names))
+        sums = [[sum(layer.products[i][j] for layer in self.layers) for j in count] for i in count]
+        return _cosines(sums, self.norms)
 
     @property
     def sign_conflict(self) -> float:
@@ -87,7 +93,7 @@ class Inspection:
             "relative_norms": self.relative_norms,
             "cosines": self.cosines,
             "sign_conflict": self.sign_conflict,
-            "layers": [vars(layer) for layer in self.layers],
+            "layers": [layer.to_dict() for layer in self.layers],
         }
 
     def __str__(self) -> str:
@@ -136,6 +142,13 @@ def inspect_models(plan: MergePlan) -> Inspection:
             inspection.layers.append(layer)
             bar.update(parameter.info.nbytes)
     return inspection
+
+
+def _cosines(products: list[list[float]], norms: list[float]) -> list[list[float]]:
+    return [
+        [product / (one * other) if one and other else 0.0 for product, other in zip(row, norms, strict=True)]
+        for row, one in zip(products, norms, strict=True)
+    ]
 
 
 def _describe(source: ModelSource) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..methods.base import TensorMethod
 from ..registry import get_merge_method
 from .placement import Placement
 from .plan import MergePlan
+from .sealing import processor_source
 from .streaming import StreamingEngine
 
 
@@ -51,6 +52,8 @@ class MergedSource(ModelSource):
             generation_config=target.generation_config,
             live=target.live,
         )
+        processors = processor_source(plan)
+        source.processors = processors.processor_folder if processors is not None else None
         source.plan = plan
         source.notes = [f"in '{name}': {note}" for note in plan.notes]
         if plan.heads:

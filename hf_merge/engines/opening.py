@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..adapters.opening import Adapter, base_difference, common_base, find_adapter
+from ..adapters.source import AdapterSource, ConfigOnlySource, dequantized, live_base
 from ..checkpoints.source import ModelSource, open_source
 from ..config import MergeConfig
-from ..errors import ConfigError, MergeError, PlanError
+from ..errors import CheckpointError, ConfigError, MergeError, PlanError
 from .nested import MergedSource
 from .plan import build_plan
 from .slices import LayerSlice, SlicedSource
@@ -31,10 +33,13 @@ class Opening:
     Args:
         trust_remote_code (`bool`): Whether code from their repositories may run.
         hub_kwargs (`dict`): The Hub's arguments, for all models.
+        base_values (`bool`): Whether the merge reads weights of the base model. Where it does not, a base model that only adapters
+            are applied to is opened by its config alone.
     """
 
     trust_remote_code: bool = False
     hub_kwargs: dict[str, Any] = field(default_factory=dict)
+    base_values: bool = True
 
     def model(self, name: str, model: Any, template: ModelSource | None = None) -> ModelSource:
         """Opens one model: everything that [`open_source`] takes; `{"merge": recipe}`, a merge that is carried out parameter by
@@ -74,18 +79,81 @@ class Opening:
         return SlicedSource.of_slices(name, pieces)
 
     def models(self, experts: Any, base_model: Any, infer: bool) -> tuple[list[ModelSource], ModelSource | None]:
-        """Opens experts and base. With `infer` a base that is not given is looked up in the experts' model cards."""
-        sources = self._experts(name_experts(experts))
-        if base_model is None and infer:
-            base_model = infer_base(sources)
-        base = self.model(BASE_NAME, base_model, sources[0]) if base_model is not None else None
+        """Opens experts and base. With `infer` a base that is not given is looked up in the experts' model cards. Adapters need
+        one: it is the one that their configs name, or the model that holds them."""
+        named = name_experts(experts)
+        adapters, errors = self._adapters(named)
+        base, over = None, {}
+        if adapters and not errors:
+            base = self._adapter_base(adapters, base_model, only_adapters=len(adapters) == len(named))
+            over = {name: AdapterSource.over(adapter, base) for name, adapter in adapters.items()}
+        others = {name: model for name, model in named.items() if name not in adapters and name not in errors}
+        opened = over | self._experts(others, list(errors.values()))
+        sources = [opened[name] for name in named]
+        if base is None:
+            if base_model is None and infer:
+                base_model = infer_base(sources)
+            base = self.model(BASE_NAME, base_model, sources[0]) if base_model is not None else None
         return sources, base
 
-    def _experts(self, named: Mapping[str, Any]) -> list[ModelSource]:
-        """Opens all experts and reports everything that is wrong with any of them. State dicts take the config of the first
-        model that has one."""
+    def _adapters(self, named: Mapping[str, Any]) -> tuple[dict[str, Adapter], dict[str, MergeError]]:
+        """The experts that are adapters, and those that would be if they could be used."""
+        found: dict[str, Adapter] = {}
+        errors: dict[str, MergeError] = {}
+        for name, model in named.items():
+            try:
+                adapter = find_adapter(name, model, self.hub_kwargs)
+            except MergeError as error:
+                errors[name] = error
+                continue
+            if adapter is not None:
+                found[name] = adapter
+        return found, errors
+
+    def _adapter_base(self, adapters: Mapping[str, Adapter], base_model: Any, only_adapters: bool) -> ModelSource:
+        """The model that the adapters were trained on; only its config where no weight of it is read."""
+        values = self.base_values or not only_adapters or any(one.needs_base_values for one in adapters.values())
+        holder = next((adapter.live for adapter in adapters.values() if adapter.live is not None), None)
+        if base_model is None and holder is not None:
+            _refuse_trained_biases(adapters)
+            base = live_base(holder, BASE_NAME)
+            if base.quantization is not None and not values:
+                return ConfigOnlySource.of_live(base.live, BASE_NAME)
+        else:
+            base = self._named_base(adapters, base_model, values)
+        if base.quantization is not None:
+            base = dequantized(base, self.trust_remote_code)
+        for adapter in adapters.values():
+            note = base_difference(adapter, base.reference.model)
+            adapter.notes += [note] if note else []
+        return base
+
+    def _named_base(self, adapters: Mapping[str, Adapter], base_model: Any, values: bool) -> ModelSource:
+        """The base model that was given, or the one that the adapters' configs name."""
+        given = base_model is not None
+        base_model = base_model if given else common_base(list(adapters.values()))
+        listing = ", ".join(f"'{name}'" for name in adapters)
+        if base_model is None:
+            raise ConfigError(f"The adapter(s) {listing} do not name their base model: pass base_model=... (--base).")
+        named = isinstance(base_model, (str, Path)) or (
+            isinstance(base_model, Mapping) and set(base_model) <= _REFERENCE
+        )
+        try:
+            if named and not values:
+                return ConfigOnlySource.of(BASE_NAME, base_model, self.trust_remote_code, self.hub_kwargs)
+            return self.model(BASE_NAME, base_model)
+        except MergeError as error:
+            if given:
+                raise
+            raise CheckpointError(
+                f"The base model '{base_model}' that the adapter(s) {listing} name cannot be opened ({error}) Pass "
+                "base_model=... (--base)."
+            ) from error
+
+    def _experts(self, named: Mapping[str, Any], errors: list[MergeError]) -> dict[str, ModelSource]:
+        """Opens all experts that are models and reports everything that is wrong with any of them, and the errors known before.
+        State dicts take the config of the first model that has one."""
         opened: dict[str, ModelSource] = {}
-        errors: list[MergeError] = []
         bare = [
             name
             for name, model in named.items()
@@ -101,7 +169,20 @@ class Opening:
             raise errors[0]
         if errors:
             raise PlanError(str(error) for error in errors)
-        return [opened[name] for name in named]
+        return opened
+
+
+def _refuse_trained_biases(adapters: Mapping[str, Adapter]) -> None:
+    """A live model holds trained biases in the place of its base model's."""
+    for name, adapter in adapters.items():
+        if adapter.live is not None and getattr(adapter.config, "bias", "none") not in (None, "none"):
+            raise ConfigError(
+                f"The adapter '{name}' trains biases, which a PeftModel keeps in the place of the base model's: pass "
+                "base_model=... (--base)."
+            )
+
+
+_REFERENCE = {"model", "revision", "subfolder"}
 
 
 def name_experts(experts: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:

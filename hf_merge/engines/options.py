@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
+from ..data.cache import ActivationCache
 from ..methods.block_base import BlockMonitor
 
 
@@ -33,3 +36,8 @@ class EngineOptions:
     self_check: bool = True
     seed: int | None = None
     monitor: BlockMonitor = field(default_factory=BlockMonitor)
+
+    def open_cache(self) -> ActivationCache:
+        """A cache for the activations of one run."""
+        dtype = getattr(torch, self.cache_dtype) if self.cache_dtype else None
+        return ActivationCache(self.cache, self.cache_limit, self.work_dir and self.work_dir.parent, dtype)

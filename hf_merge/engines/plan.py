@@ -23,6 +23,7 @@ from ..methods.base import ParameterKind, TensorMethod
 from ..registry import get_merge_method
 from .compatibility import find_incompatibilities
 from .heads import HeadPlan, plan_heads
+from .vocabulary import align_vocabularies
 
 
 Action = Literal["merge", "mean", "copy"]
@@ -93,6 +94,7 @@ class MergePlan:
         dropped (`list[Dropped]`): Stored tensors that are not used.
         notes (`list[str]`): What a careful user wants to know.
         problems (`list[str]`): What prevents the merge.
+        adapter ([`AdapterLayout`], *optional*): The files of the result, where it is an adapter.
         merged ([`ModelSource`], *optional*): The result's class, config and parameters, where they are not the first expert's.
     """
 
@@ -105,6 +107,7 @@ class MergePlan:
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     merged: ModelSource | None = None
+    adapter: Any = None
 
     @property
     def target(self) -> ModelSource:
@@ -124,6 +127,8 @@ class MergePlan:
     @property
     def nbytes(self) -> int:
         """The size of the result, heads included."""
+        if self.adapter is not None:
+            return (1 + len(self.heads)) * sum(info.nbytes for info in self.adapter.infos.values())
         heads = sum(info.nbytes for head in self.heads.values() for info in head.outputs.values())
         return heads + sum(parameter.info.nbytes for parameter in self.parameters)
 
@@ -147,6 +152,8 @@ class MergePlan:
         lines += [f"  expert {source}: {source.dtype}".replace("torch.", "") for source in self.experts]
         lines.append(f"  base   {self.base}" if self.base is not None else "  no base model")
         lines.append(f"  result: {len(self.parameters)} parameters, {self.nbytes / 2**20:,.1f} MiB")
+        if self.adapter is not None:
+            lines.append(f"  as a PEFT adapter: {self.adapter}")
         treated = Counter((p.kind.value, p.treatment) for p in self.parameters if p.action != "copy")
         for (kind, treatment), count in sorted(treated.items()):
             lines.append(f"    {count:6d} x {kind}: {treatment}")
@@ -197,7 +204,9 @@ def build_plan(config: MergeConfig, experts: Sequence[ModelSource], base: ModelS
         experts (`Sequence[ModelSource]`): At least one.
         base ([`ModelSource`], *optional*): The base model.
     """
-    plan = MergePlan(config, list(experts), base)
+    aligned = align_vocabularies(config, experts, base)
+    base = aligned.base
+    plan = MergePlan(config, aligned.experts, base, notes=aligned.notes, problems=aligned.problems)
     _check_method(plan)
     plan.notes += [note for source in plan.sources for note in source.notes]
     incompatibilities = find_incompatibilities(plan.experts, base)
@@ -357,7 +366,7 @@ def _shapes_agree(plan: MergePlan, name: str, found: list[str], base: str | None
     hint = ""
     info = plan.target.anatomy.parameters[name]
     if info.kind in (ParameterKind.EMBEDDING, ParameterKind.HEAD) and not info.is_task_head:
-        hint = " The vocabularies differ: give all models the same tokenizer and resize their embeddings first."
+        hint = " The vocabularies differ: tokenizer='union', 'base' or an expert's name merges them token by token."
     plan.problems.append(f"The shapes of '{name}' differ: {listing}.{hint}")
     return False
 
@@ -435,7 +444,7 @@ def _result_info(plan: MergePlan, name: str, stored: TensorInfo) -> TensorInfo:
 
 
 def _check_patterns(plan: MergePlan) -> None:
-    """A regex that matches no parameter is a mistake."""
+    """A regex that matches no parameter is a mistake, a rule that never wins may be one."""
     names = [parameter.name for parameter in plan.parameters]
     unmatched = plan.config.unmatched(names)
     for index, step in enumerate(plan.config.next_recipes()):
@@ -444,6 +453,10 @@ def _check_patterns(plan: MergePlan) -> None:
         plan.problems.append(
             f"{key}: the pattern {pattern!r} matches no parameter. Names look like {_listing(names, 3)}."
         )
+    plan.notes += [
+        f"the rule for {pattern!r} has no effect: earlier rules decide all that it sets, wherever it matches"
+        for pattern in plan.config.overruled(names)
+    ]
 
 
 def _list_dropped(plan: MergePlan, head_reason: str) -> None:

@@ -15,16 +15,17 @@ from torch import Tensor
 
 from ..card import model_card
 from ..checkpoints.folder import OutputFolder
-from ..checkpoints.processors import CHAT_TEMPLATE, chat_template_of, processor_files
+from ..checkpoints.processors import CHAT_TEMPLATE, chat_template_of, module_folders, processor_files
 from ..checkpoints.source import ModelSource
 from ..checkpoints.storage import SAFE_WEIGHTS
 from ..config import CONFIG_NAME
 from ..errors import ConfigError
+from ..hub import HEADS_FOLDER
 from .plan import MergePlan
 from .streaming import MergeReport, checked
+from .vocabulary import UNION
 
 
-HEADS_FOLDER = "heads"
 REPORT_NAME = "merge_report.json"
 
 
@@ -110,30 +111,50 @@ def processor_source(plan: MergePlan) -> ModelSource | None:
     """
     wanted = plan.config.tokenizer
     candidates = {source.name: source for source in plan.sources}
-    if wanted is None:
-        found = next((s for s in candidates.values() if s.folder is not None and processor_files(s.folder)), None)
+    if wanted in (None, UNION):
+        first = [plan.base] if wanted == UNION and plan.base is not None else []
+        found = next((source for source in (*first, *plan.sources) if source.processor_folder is not None), None)
         if found is None and plan.config.chat_template is not None:
             raise ConfigError("chat_template: none of the models has a tokenizer that it could belong to.")
         return found
     if wanted not in candidates:
         raise ConfigError(f"tokenizer='{wanted}' is none of the models of this merge: {', '.join(candidates)}.")
     source = candidates[wanted]
-    if source.folder is None or not processor_files(source.folder):
+    if source.processor_folder is None:
         raise ConfigError(f"tokenizer='{wanted}': {source} has no tokenizer or processor files.")
     return source
+
+
+def processor_notes(plan: MergePlan) -> list[str]:
+    """What a careful user wants to know about the files that are copied: weights of sentence-transformers modules are not merged.
+
+    Raises:
+        ConfigError: As [`processor_source`].
+    """
+    source = processor_source(plan)
+    if source is None:
+        return []
+    folder = source.processor_folder
+    heavy = [name for name in module_folders(folder) if any((folder / name).glob("*.safetensors"))]
+    if not heavy:
+        return []
+    return [
+        f"the weights of the sentence-transformers module(s) {', '.join(heavy)} are copied from {source}, not merged"
+    ]
 
 
 def _copy_processors(plan: MergePlan, folder: Path) -> None:
     source = processor_source(plan)
     if source is None:
         return
-    files = processor_files(source.folder)
-    if getattr(source.model_class, "_auto_class", None) or getattr(source.config, "auto_map", None):
-        files += [path.relative_to(source.folder) for path in sorted(source.folder.glob("*.py"))]
-    for path in files:
+    files = [(source.processor_folder, path) for path in processor_files(source.processor_folder)]
+    has_code = getattr(source.model_class, "_auto_class", None) or getattr(source.config, "auto_map", None)
+    if has_code and source.folder is not None:
+        files += [(source.folder, path.relative_to(source.folder)) for path in sorted(source.folder.glob("*.py"))]
+    for origin, path in files:
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.folder / path, target)
+        shutil.copyfile(origin / path, target)
     template = _chat_template(plan)
     if template is not None:
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
@@ -141,8 +162,12 @@ def _copy_processors(plan: MergePlan, folder: Path) -> None:
 
 def _chat_template(plan: MergePlan) -> str | None:
     """The chat template that replaces the copied tokenizer's, or `None`."""
-    if plan.config.chat_template != "auto":
-        return plan.config.chat_template
-    folders = [source.folder for source in plan.sources if source.folder is not None]
-    templates = Counter(template.strip() for folder in folders if (template := chat_template_of(folder)))
+    wanted = plan.config.chat_template
+    folders = {source.name: source.folder or source.processor_folder for source in plan.sources}
+    folders = {name: folder for name, folder in folders.items() if folder is not None}
+    if wanted in folders:
+        return chat_template_of(folders[wanted])
+    if wanted != "auto":
+        return wanted
+    templates = Counter(template.strip() for folder in folders.values() if (template := chat_template_of(folder)))
     return templates.most_common(1)[0][0] if templates else None

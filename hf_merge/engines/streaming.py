@@ -50,6 +50,7 @@ class MergeReport:
         - **seconds** (`dict[str, float]`) -- Wall time by phase.
         - **peak_memory_bytes** (`int`) -- The largest resident set of the process so far.
         - **blocks** (`dict[str, dict]`) -- Per block, for methods that need data: losses and steps.
+        - **heads** (`dict[str, dict]`) -- Per task whose head was fitted: which layers, and to how many samples.
         - **dropped** (`list[dict]`), **notes** (`list[str]`) -- As planned.
     """
 
@@ -57,6 +58,7 @@ class MergeReport:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    heads: dict[str, dict[str, Any]] = field(default_factory=dict)
     dropped: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -183,13 +185,16 @@ class StreamingEngine:
     def survey(self) -> None:
         """Shows the whole model to the methods that ask for it."""
         by_method: dict[str, list[PlannedParameter]] = {}
-        for parameter in self.plan.parameters:
-            if parameter.action == "merge":
-                by_method.setdefault(parameter.settings.merge_type, []).append(parameter)
+        for parameter in self._surveyed():
+            by_method.setdefault(parameter.settings.merge_type, []).append(parameter)
         for merge_type, parameters in by_method.items():
             method, settings = self._method(merge_type), parameters[0].settings
             for round in range(method.rounds(settings)):
                 method.conclude(self._observations(method, parameters, round), round, settings)
+
+    def _surveyed(self) -> list[PlannedParameter]:
+        """The parameters that methods which ask for it are shown before the merge."""
+        return [parameter for parameter in self.plan.parameters if parameter.action == "merge"]
 
     def _observations(
         self, method: TensorMethod, parameters: list[PlannedParameter], round: int
@@ -205,13 +210,7 @@ class StreamingEngine:
     @torch.no_grad()
     def _finish(self, parameter: PlannedParameter, loaded: Loaded, rounded: bool = True) -> Tensor:
         """The merged value on the CPU, in its output dtype when `rounded`, else in that of the arithmetic."""
-        row: dict[str, Any] = {
-            "kind": parameter.kind.value,
-            "action": parameter.action,
-            "treatment": parameter.treatment,
-            "sources": {"experts": parameter.experts, "base": parameter.base},
-        }
-        self.report.parameters[parameter.name] = row
+        row = self._row(parameter)
         if parameter.action == "copy":
             stored = loaded.experts[0] if loaded.experts else loaded.base
             row["from"] = parameter.copy_from
@@ -233,6 +232,17 @@ class StreamingEngine:
         row.update(group.report)
         return (result if rounded else merged).cpu()
 
+    def _row(self, parameter: PlannedParameter) -> dict[str, Any]:
+        """Begins the report's row of a parameter."""
+        row: dict[str, Any] = {
+            "kind": parameter.kind.value,
+            "action": parameter.action,
+            "treatment": parameter.treatment,
+            "sources": {"experts": parameter.experts, "base": parameter.base},
+        }
+        self.report.parameters[parameter.name] = row
+        return row
+
     def _follow(self, parameter: PlannedParameter, group: TensorGroup, merged: Tensor) -> Tensor:
         """The further recipes on a result: the result is their only expert, the base model stays."""
         for step in parameter.then:
@@ -247,10 +257,10 @@ class StreamingEngine:
         return self._follow(parameter, self._group(parameter, self.read(parameter)), merged)
 
     @torch.no_grad()
-    def merge_parameter(self, name: str) -> Tensor:
-        """Reads and merges one parameter now, without rounding it to its output dtype."""
+    def merge_parameter(self, name: str, rounded: bool = False) -> Tensor:
+        """Reads and merges one parameter now, in its output dtype when `rounded`, else in that of the arithmetic."""
         parameter = self._by_name[name]
-        return self._finish(parameter, self.read(parameter), rounded=False)
+        return self._finish(parameter, self.read(parameter), rounded)
 
     def _describe_non_finite(self, parameter: PlannedParameter, group: TensorGroup, merged: Tensor) -> str:
         sources = [

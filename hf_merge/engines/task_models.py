@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from ..checkpoints.source import ModelSource
 from ..data.batching import Batch
 from ..methods.model_base import ModelInputs, TaskModels
+from ..modeling.precision import mixed_precision
 from ..modeling.residency import build_runnable_shell, entries_of, move_buffers
 from .plan import MergePlan
 
@@ -195,5 +196,5 @@ class LoadedModels(TaskModels):
         return ModelInputs(task, arguments, batch.count, mask, labels)
 
     def run(self, model: nn.Module, arguments: Mapping[str, Any]) -> Any:
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+        with mixed_precision(self._device, self._bf16):
             return model(**arguments)

@@ -5,6 +5,7 @@ from .adamerging import AdaMerging, AdaMergingConfig, AdaMergingPlusPlus, AdaMer
 from .alignment import GitRebasin, GitRebasinConfig, OtFusion, OtFusionConfig, ZipIt, ZipItConfig
 from .arcee_fusion import ArceeFusion, ArceeFusionConfig
 from .breadcrumbs import Breadcrumbs, BreadcrumbsConfig
+from .concatenation import Cat, CatConfig, Svd, SvdConfig
 from .consensus_ta import ConsensusTa, ConsensusTaConfig
 from .dare import Dare, DareConfig
 from .della import Della, DellaConfig
@@ -14,6 +15,7 @@ from .fisher import Fisher, FisherConfig
 from .fs_merge import FsMerge, FsMergeConfig, Kd, KdConfig
 from .isotropic import IsoC, IsoCConfig, IsoCts, IsoCtsConfig
 from .karcher import Karcher, KarcherConfig
+from .knots import CoreSpace, CoreSpaceConfig, Knots, KnotsConfig
 from .linear import LinearConfig, LinearMerge
 from .localize_and_stitch import LocalizeAndStitch, LocalizeAndStitchConfig
 from .magmax import MagMax, MagMaxConfig
@@ -48,8 +50,12 @@ __all__ = [
     "ArceeFusionConfig",
     "Breadcrumbs",
     "BreadcrumbsConfig",
+    "Cat",
+    "CatConfig",
     "ConsensusTa",
     "ConsensusTaConfig",
+    "CoreSpace",
+    "CoreSpaceConfig",
     "Dare",
     "DareConfig",
     "Della",
@@ -74,6 +80,8 @@ __all__ = [
     "KarcherConfig",
     "Kd",
     "KdConfig",
+    "Knots",
+    "KnotsConfig",
     "LinearConfig",
     "LinearMerge",
     "LocalizeAndStitch",
@@ -110,6 +118,8 @@ __all__ = [
     "SlerpConfig",
     "Svc",
     "SvcConfig",
+    "Svd",
+    "SvdConfig",
     "TaskArithmetic",
     "TaskArithmeticConfig",
     "Ties",

@@ -7,9 +7,9 @@ backbone, and for each expert a map from the merged features to those that its h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 from .base import MergeMethod, keyed_generator
 from .block_base import BlockMonitor
+
+
+if TYPE_CHECKING:
+    from .backbone_blocks import BackboneBlock, BackbonePart
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,11 @@ class AttentionSite:
         """The layers that give queries and keys and nothing else."""
         return [part.layer for part in self.matched if part.layer != self.values.layer]
 
+    def renamed(self, rename: Callable[[str], str]) -> AttentionSite:
+        """The same with other names of layers."""
+        parts = [replace(part, layer=rename(part.layer)) for part in (*self.matched, self.values)]
+        return replace(self, output=rename(self.output), matched=tuple(parts[:-1]), values=parts[-1])
+
 
 @dataclass
 class Topology:
@@ -124,6 +133,49 @@ class Topology:
                 groups.setdefault(site.group, []).append(site.name)
         return groups
 
+    def parameters(self) -> list[str]:
+        """The names of all parameters."""
+        biased = {name: site.has_bias for name, site in self.linears.items()} | self.convolutions
+        weights = [f"{name}.weight" for name in biased]
+        return [*self.tables, *self.direct, *weights, *(f"{name}.bias" for name, has in biased.items() if has)]
+
+    def head_sizes(self, aligned: bool | None) -> dict[str, int]:
+        """The linear layers of queries and keys, and the size of their heads, where heads must not be mixed channel by channel.
+
+        Args:
+            aligned (`bool`, *optional*): Whether they must; where positions are rotary when `None`.
+        """
+        if aligned is False:
+            return {}
+        return {
+            name: site.head_size for site in self.attention for name in site.query_and_key if aligned or site.is_rotary
+        }
+
+    def within(self, prefix: str) -> Topology:
+        """The topology of one module, without what the head reads.
+
+        Args:
+            prefix (`str`): Its name and a dot; the names in the result are without it.
+        """
+        return self._part(lambda name: name.startswith(prefix), prefix)
+
+    def without(self, prefix: str) -> Topology:
+        """The topology of everything but one module."""
+        return self._part(lambda name: not name.startswith(prefix), "")
+
+    def _part(self, selects: Callable[[str], bool], prefix: str) -> Topology:
+        def inner(name: str) -> str:
+            return name.removeprefix(prefix)
+
+        return Topology(
+            linears={inner(n): replace(site, name=inner(n)) for n, site in self.linears.items() if selects(n)},
+            convolutions={inner(n): has_bias for n, has_bias in self.convolutions.items() if selects(n)},
+            tables=[inner(n) for n in self.tables if selects(n)],
+            direct=[inner(n) for n in self.direct if selects(n)],
+            attention=[site.renamed(inner) for site in self.attention if selects(site.output)],
+            elementwise={inner(n): [inner(w) for w in ws] for n, ws in self.elementwise.items() if selects(n)},
+        )
+
 
 def linear_matrix(site: LinearSite, weight: Tensor) -> Tensor:
     """The weight as (out, in)."""
@@ -144,6 +196,18 @@ class OutputMap(nn.Linear):
         nn.init.eye_(self.weight)
         if bias:
             nn.init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def set_values(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Gives the map its values.
+
+        Args:
+            weight (`torch.Tensor`): U, (expert, merged).
+            bias (`torch.Tensor`, *optional*): c, (expert,); not used where the map has none.
+        """
+        self.weight.copy_(weight)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
 
     @torch.no_grad()
     def fold_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -212,6 +276,8 @@ class BackboneGroup:
         seed (`int`): Of all randomness.
         accumulation (`int`): How many batches of each task make one update.
         report (`dict`): What the method wants to say.
+        apart (`list[dict]`): The parameters of the backbone that are kept per task, of each expert, by name within the backbone: a
+            method that knows such parameters gives them their values.
     """
 
     topology: Topology
@@ -227,6 +293,7 @@ class BackboneGroup:
     seed: int = 0
     accumulation: int = 1
     report: dict[str, Any] = field(default_factory=dict)
+    apart: list[dict[str, Tensor]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -245,21 +312,6 @@ class BackboneGroup:
         """What the task's head reads, float32; the last hidden states where there is no head."""
         tap = self.taps[task]
         return (output.last_hidden_state if tap is None else tap.read(output)).float()
-
-    def head_sizes(self, aligned: bool | None) -> dict[str, int]:
-        """The linear layers of queries and keys, and the size of their heads, where heads must not be mixed channel by channel.
-
-        Args:
-            aligned (`bool`, *optional*): Whether they must; where positions are rotary when `None`.
-        """
-        if aligned is False:
-            return {}
-        return {
-            name: site.head_size
-            for site in self.topology.attention
-            for name in site.query_and_key
-            if aligned or site.is_rotary
-        }
 
     @property
     def device(self) -> torch.device:
@@ -297,3 +349,21 @@ class BackboneMethod(MergeMethod):
     def merge(self, group: BackboneGroup) -> None:
         """Merges the backbones into `group.student`, and finds the maps to the experts' features."""
         raise NotImplementedError(f"{type(self).__name__} does not implement merge")
+
+    def start(
+        self,
+        topology: Topology,
+        experts: Sequence[Mapping[str, Tensor]],
+        shapes: Mapping[str, torch.Size],
+        settings: Any,
+    ) -> dict[str, Tensor]:
+        """Block by block: the merged parameters outside of the blocks, before anything is trained."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement start")
+
+    def merge_block(self, block: BackboneBlock) -> None:
+        """Block by block: merges one block into `block.student`, and changes its maps."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement merge_block")
+
+    def merge_tail(self, tail: BackbonePart) -> None:
+        """Block by block: fits what comes after the last block and the maps to the experts' features."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement merge_tail")

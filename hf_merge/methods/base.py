@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import LINEAR_KINDS, ParameterKind
+from ..low_rank import Factors, concatenated
 
 
 def keyed_generator(seed: int, *words: str) -> np.random.Generator:
@@ -95,6 +96,11 @@ class TensorGroup:
         for index in range(len(self)):
             yield self.task_vector(index)
 
+    def release_experts(self) -> None:
+        """Frees the experts' values; what is known without them, stays."""
+        self.stored_experts = [stored.to("meta") for stored in self.stored_experts]
+        self.__dict__.pop("base", None)
+
     def mean(self) -> Tensor:
         """The plain mean of the experts, as a new tensor."""
         total = torch.zeros(self.shape, dtype=self.dtype, device=self.stored_experts[0].device)
@@ -118,6 +124,37 @@ class TensorGroup:
         uniform = self.random(index).random(self.shape, dtype=np.float32)
         drawn = torch.from_numpy(uniform).to(device)
         return drawn < probability
+
+
+@dataclass
+class LowRankGroup:
+    """The task vectors of one linear layer as factors T_i = L_i R_i, for methods that never form the dense matrix.
+
+    Args:
+        name (`str`): The module name of the parameter.
+        kind ([`ParameterKind`]): What it is.
+        experts (`list[Factors]`): L_i (out, r_i) and R_i (r_i, in), whatever the parameter is stored as, in float32 or float64.
+        expert_names (`tuple[str]`): Their names.
+        settings ([`MergeConfig`]): The method's settings, resolved for this parameter.
+        seed (`int`): The recipe's seed.
+        report (`dict`): As in [`TensorGroup`].
+    """
+
+    name: str
+    kind: ParameterKind
+    experts: list[Factors]
+    expert_names: tuple[str, ...]
+    settings: Any
+    seed: int = 0
+    report: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(out, in)."""
+        return self.experts[0].shape
 
 
 class MergeMethod:
@@ -191,6 +228,37 @@ class TensorMethod(MergeMethod):
     def merge_other(self, group: TensorGroup) -> Tensor:
         """The merged value of a parameter that the method is not defined on: the mean of the experts."""
         return group.mean()
+
+    # -- experts that are adapters --------------------------------------------------------------------------------
+
+    changes_only: ClassVar[bool] = False
+    """Whether the result is θ_0 plus a function of the task vectors alone, so that adapters merge without the base model's
+    weights."""
+
+    @classmethod
+    def works_on_changes(cls, settings: Any) -> bool:
+        """`changes_only`, where it depends on the settings.
+
+        Args:
+            settings ([`MergeConfig`]): The recipe, or one parameter's settings.
+        """
+        return cls.changes_only
+
+    def merge_low_rank(self, group: LowRankGroup) -> Factors | None:
+        """The merged task vector M = L R of one linear layer whose experts are given as factors; `None` where these settings
+        need the dense matrix, which is then formed for this parameter and given to [`~TensorMethod.merge`]."""
+        return None
+
+    @classmethod
+    def merged_rank(cls, ranks: Sequence[int], settings: Any) -> int | None:
+        """The largest rank that the merged task vector of experts of these ranks can have; `None` where it is not bounded by
+        theirs.
+
+        Args:
+            ranks (`Sequence[int]`): r_i.
+            settings ([`MergeConfig`]): One parameter's settings.
+        """
+        return None
 
     # -- methods that look at the whole model before they merge it ------------------------------------------------
 
@@ -270,6 +338,19 @@ class LinearMethod(TensorMethod):
     def merge_matrix(self, task_matrices: TaskMatrices, group: TensorGroup) -> Tensor:
         """The merged task vector M of one linear layer, shape (out, in); the result is W_0 + M."""
         raise NotImplementedError(f"{type(self).__name__} does not implement merge_matrix")
+
+    def merge_low_rank(self, group: LowRankGroup) -> Factors | None:
+        if group.kind in self.kinds:
+            return self.merge_factors(group)
+        policy = group.settings.other_parameters
+        if policy == "base":
+            return Factors.zero(group.experts[0])
+        factor = 1 / len(group) if policy == "mean" else group.settings.other_scaling
+        return concatenated(group.experts, [factor] * len(group))
+
+    def merge_factors(self, group: LowRankGroup) -> Factors | None:
+        """[`~LinearMethod.merge_matrix`] for task vectors that are given as factors."""
+        return None
 
     def merge_other(self, group: TensorGroup) -> Tensor:
         policy = group.settings.other_parameters

@@ -21,6 +21,10 @@ class BlockMethodConfig(MergeConfig):
         init (`str` or `dict`): The method or recipe that merges everything that this method does not, and that gives the
             values it starts from: `"linear"`, `"wudi"`, `{"merge_type": "ties", "density": 0.3}`.
         batch_size (`int`): Calibration samples that run together.
+        fit_poolers (`bool`): As a last step but one, fit a pooler, such as BERT's, to what the experts' give on their own inputs.
+        fit_heads (`bool`): As a last step, fit the head of each task to the merged model's features: its first linear layer then
+            gives what it gives in the expert. Only for heads that are kept per task.
+        head_prior (`float`): How many samples of each task a head or pooler as it is weighs as much as, when it is fitted.
     """
 
     accepts_block_methods: ClassVar[bool] = False
@@ -30,6 +34,9 @@ class BlockMethodConfig(MergeConfig):
         default="linear", metadata={"help": "Method or recipe for the start and for what is outside of blocks."}
     )
     batch_size: int = setting(32, "Calibration samples that run together.", minimum=1, scope="merge")
+    fit_poolers: bool = setting(False, "Fit poolers to the experts'.", scope="merge")
+    fit_heads: bool = setting(False, "Fit the heads to the merged model's features.", scope="merge")
+    head_prior: float = setting(16.0, "How many samples a head as it is weighs as much as.", minimum=0, scope="merge")
 
     def __post_init__(self):
         super().__post_init__()

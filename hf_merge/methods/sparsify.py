@@ -49,6 +49,7 @@ class SparseMethod(TensorMethod):
     """θ_0 + λ · combination of sparse task vectors. A subclass says which entries stay, in [`~SparseMethod.sparsify`]."""
 
     requires_base = True
+    changes_only = True
 
     def merge(self, group: TensorGroup) -> Tensor:
         settings = group.settings

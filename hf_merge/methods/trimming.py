@@ -42,6 +42,7 @@ class TrimmingMethod(TensorMethod):
     """
 
     requires_base = True
+    changes_only = True
 
     def __init__(self) -> None:
         self._bins: dict[Target, tuple[int, int]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -55,8 +55,20 @@ def transfer_backbone(source: Anatomy, target: Anatomy, state_dict: Mapping[str,
         target ([`Anatomy`]): Of the class to be put together, usually the same with another head.
         state_dict (`Mapping[str, torch.Tensor]`): Parameters by module name; heads are left out.
     """
+    names = backbone_names(source, target, state_dict)
+    return {name: state_dict[stored].clone() for name, stored in names.items()}
+
+
+def backbone_names(source: Anatomy, target: Anatomy, names: Iterable[str]) -> dict[str, str]:
+    """For each parameter of the backbone in one class, its name in another class.
+
+    Args:
+        source ([`Anatomy`]): Of the class that has `names`.
+        target ([`Anatomy`]): Of the other class, whose names are the keys.
+        names (`Iterable[str]`): Parameters by module name; heads are left out.
+    """
     return {
-        target.by_canonical[source.canonical(name)]: tensor.clone()
-        for name, tensor in state_dict.items()
+        target.by_canonical[source.canonical(name)]: name
+        for name in names
         if source.canonical(name) in target.by_canonical and not source.parameters[name].is_task_head
     }

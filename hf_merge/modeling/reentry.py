@@ -122,6 +122,27 @@ class Reentry:
         self._run(inputs, lambda name, block: stand_in(name))
         return reached[0] if reached else None
 
+    def final_output(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any], module: nn.Module) -> Any:
+        """The output of a module in a forward where every block is replaced by its recorded output.
+
+        Args:
+            inputs (`Mapping`): The arguments of the model's forward.
+            outputs (`Mapping[str, Any]`): The outputs of all blocks for these inputs.
+            module (`torch.nn.Module`): A part of the model that is outside of its blocks.
+        """
+        found: list[Any] = []
+
+        def stop(owner: nn.Module, args: tuple, output: Any) -> None:
+            found.append(output)
+            raise _Stop
+
+        handle = module.register_forward_hook(stop)
+        try:
+            self._run(inputs, lambda name, block: lambda *args, **kwargs: outputs[name])
+        finally:
+            handle.remove()
+        return found[0]
+
     def plain_outputs(self, inputs: Mapping[str, Any], resident: Callable[[str], Any]) -> dict[str, Tensor]:
         """The main output of every block in one plain forward.
 

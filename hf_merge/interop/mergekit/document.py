@@ -15,6 +15,7 @@ from .checks import check_keys, warn_ignored
 from .inputs import InputReader, Reference, Slice, Source
 from .methods import METHODS, Method
 from .parameters import Settings
+from .tokenizer import model_finder, translate_tokenizer
 
 
 _DOCUMENT_KEYS = (
@@ -74,11 +75,10 @@ class Document:
             "merge_type": self.method.merge_type,
             "heads": "auto",
             "dtype": _dtype(self.data.get("out_dtype") or self.data.get("dtype")),
-            "tokenizer": self._tokenizer(names, slices, bases),
             "chat_template": self._chat_template(),
             "experts": experts,
             "base_model": base,
-        }
+        } | self._tokenizer(names, slices, bases)
         settings = Settings(self.method, self.where, slices, names)
         return MergeConfig.from_dict(
             fields | self.method.fixed | settings.fields | {"rules": settings.rules}, origin=self.where
@@ -131,37 +131,11 @@ class Document:
 
     # -- tokenizer and chat template --
 
-    def _tokenizer(self, names: list[str], slices: list[Slice], bases: list[Source | None]) -> str | None:
-        """The name of the model whose tokenizer the result gets."""
-        key, source = "tokenizer_source", self.data.get("tokenizer_source")
-        tokenizer = self.data.get("tokenizer")
-        if tokenizer is not None:
-            if source is not None:
-                raise ConfigError(f"{self.where} has both 'tokenizer' and 'tokenizer_source': keep one.")
-            check_keys(f"{self.where}: tokenizer", tokenizer, ("source", "tokens", "pad_to_multiple_of"))
-            for unsupported in ("tokens", "pad_to_multiple_of"):
-                if tokenizer.get(unsupported):
-                    raise ConfigError(f"{self.where}: 'tokenizer.{unsupported}' is not supported: remove it.")
-            key, source = "tokenizer.source", tokenizer.get("source", "union")
-        if source is None:
-            return None
-        if source == "union":
-            raise ConfigError(
-                f"{self.where}: {key} is 'union', which is not supported: use 'base' or a model of the recipe, whose "
-                "vocabulary all models must share."
-            )
-        wanted = slices[0].base if source == "base" else Reference.parse(f"{self.where}: {key}", source)
-        if wanted is None:
-            raise ConfigError(f"{self.where}: {key} is 'base', and there is no base_model.")
-        if bases[0] is not None and bases[0].reference == wanted:
-            return _BASE
-        for name, expert in zip(names, slices[0].sources, strict=True):
-            if expert.reference == wanted:
-                return name
-        raise ConfigError(
-            f"{self.where}: {key} is '{wanted.path}', which is none of the models whose first layers are merged: "
-            f"{', '.join(source.reference.path for source in slices[0].sources)}."
-        )
+    def _tokenizer(self, names: list[str], slices: list[Slice], bases: list[Source | None]) -> dict[str, Any]:
+        """Whose vocabulary the result gets, and where its rows come from."""
+        named = {_BASE: bases[0].reference} if bases[0] is not None else {}
+        named |= {name: source.reference for name, source in zip(names, slices[0].sources, strict=True)}
+        return translate_tokenizer(self.data, self.where, model_finder(named, slices[0].base))
 
     def _chat_template(self) -> str | None:
         template = self.data.get("chat_template")

@@ -21,6 +21,7 @@ class AceConfig(LinearLayersConfig):
     """
 
     merge_type: ClassVar[str] = "ace"
+    papers: ClassVar[tuple[str, ...]] = ("2603.02945",)
 
     ridge: float = setting(1e-3, "Ridge, relative to the mean eigenvalue of the covariances.", above=0)
     heterogeneity: float = setting(1.0, "Variance of ln ‖T_i‖² above which a layer is refined.", minimum=0)

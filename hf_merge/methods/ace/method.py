@@ -21,6 +21,8 @@ class Ace(LinearMethod):
     ε and the heterogeneity are relative here, absolute in the paper: its result depends on the units of the weights.
     """
 
+    changes_only = True
+
     def merge_matrix(self, task_matrices: TaskMatrices, group: TensorGroup) -> Tensor:
         indices = nonzero_experts(task_matrices)
         if not indices:

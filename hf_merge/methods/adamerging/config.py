@@ -21,6 +21,7 @@ class AdaMergingConfig(ModelTrainingConfig):
     """
 
     merge_type: ClassVar[str] = "adamerging"
+    papers: ClassVar[tuple[str, ...]] = ("2310.02575",)
 
     granularity: str = setting(
         "tensor", "One coefficient per 'tensor' or per 'task'.", choices=("tensor", "task"), scope="merge"
@@ -39,6 +40,7 @@ class AdaMergingPlusPlusConfig(AdaMergingConfig):
     """
 
     merge_type: ClassVar[str] = "adamerging_pp"
+    papers: ClassVar[tuple[str, ...]] = ("2310.02575",)
 
     init: Any = field(default="ties", metadata={"help": "'ties', or a recipe of TIES."})
     density: float = setting(0.2, "Fraction of each task vector that is kept.", minimum=0, maximum=1, scope="merge")

@@ -57,7 +57,7 @@ class UnitStatistics:
         with ExitStack() as stack:
             for layer in self._sites:
                 module = self.group.modules[index].get_submodule(layer)
-                stack.callback(module.register_forward_pre_hook(_reader(read, layer, mask)).remove)
+                stack.callback(module.register_forward_pre_hook(row_reader(read, layer, mask)).remove)
             self.group.source.run_expert(index, inputs)
         return read
 
@@ -185,7 +185,15 @@ def _cross(correlation: Tensor) -> Tensor:
     return correlation[:units, units:]
 
 
-def _reader(read: dict[str, Tensor], layer: str, mask: Tensor | None):
+def row_reader(read: dict[str, Tensor], layer: str, mask: Tensor | None):
+    """A hook that keeps what a layer reads, the vectors of real tokens only, float32.
+
+    Args:
+        read (`dict`): Where to, by layer.
+        layer (`str`): The layer's name.
+        mask (`torch.Tensor`, *optional*): Which tokens are real, (samples, tokens).
+    """
+
     def hook(module: nn.Module, args: tuple) -> None:
         value = args[0].float()
         rows = value.reshape(-1, value.shape[-1])

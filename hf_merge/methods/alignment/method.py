@@ -6,7 +6,16 @@ from typing import Any
 
 from ..backbone_base import BackboneGroup, BackboneMethod
 from .config import OtFusionConfig, ZipItConfig
-from .preparation import apply_transforms, by_activations, by_weights, by_zipit, check_equal_shapes, spaces_of
+from .preparation import (
+    apply_transforms,
+    by_activations,
+    by_weights,
+    by_zipit,
+    check_equal_shapes,
+    keep_apart,
+    spaces_of,
+)
+from .repair import repair
 from .spaces import ExpertTransforms, Spaces
 
 
@@ -14,9 +23,14 @@ class AlignmentMethod(BackboneMethod):
     """Averages the experts in common units."""
 
     def merge(self, group: BackboneGroup) -> None:
-        aligned = apply_transforms(group, self.transforms(group, spaces_of(group)))
+        transforms = self.transforms(group, spaces_of(group))
+        aligned = apply_transforms(group, transforms)
         names = group.shapes()
         group.assign({name: sum(expert[name] for expert in aligned) / len(aligned) for name in names})
+        if group.settings.repair:
+            repair(group, transforms)
+        if any(group.apart):
+            keep_apart(group, transforms)
 
     def transforms(self, group: BackboneGroup, spaces: Spaces) -> list[ExpertTransforms | None]:
         """The transforms of all experts; `None` for one that stays as it is."""
@@ -28,7 +42,7 @@ class GitRebasin(AlignmentMethod):
 
     @classmethod
     def needs_data(cls, settings: Any) -> bool:
-        return settings.matching == "activations"
+        return settings.matching == "activations" or settings.repair
 
     def transforms(self, group: BackboneGroup, spaces: Spaces) -> list[ExpertTransforms | None]:
         check_equal_shapes(group, "git_rebasin")
@@ -51,6 +65,10 @@ class ZipIt(AlignmentMethod):
 
 class OtFusion(AlignmentMethod):
     """Soft assignments by transport of weights."""
+
+    @classmethod
+    def needs_data(cls, settings: Any) -> bool:
+        return settings.repair
 
     def transforms(self, group: BackboneGroup, spaces: Spaces) -> list[ExpertTransforms | None]:
         settings: OtFusionConfig = group.settings

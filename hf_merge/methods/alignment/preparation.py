@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..backbone_base import BackboneGroup
+from ..backbone_base import BackboneGroup, FeatureTap
 from .activations import UnitStatistics, match_activations, zip_activations
 from .matching import WeightMatching
 from .spaces import RESIDUAL, ExpertTransforms, Spaces
@@ -86,16 +86,38 @@ def apply_transforms(
     aligned = []
     for index, (expert, one) in enumerate(zip(group.experts, transforms, strict=True)):
         aligned.append(expert if one is None else one.apply(expert, group.width(index)))
-        output_map = group.maps[index]
-        if one is not None and output_map is not None:
-            output_map.weight.copy_(_feature_map(group, index, one))
+        _set_map(group, index, one)
     return aligned
 
 
-def _feature_map(group: BackboneGroup, index: int, transforms: ExpertTransforms) -> Tensor:
-    """(expert's features, merged features)."""
-    tap = group.taps[index]
-    ends = [name for name in transforms.units if name.startswith("out:")]
-    if tap is not None and tap.field == "pooler_output" and ends:
-        return transforms.units[ends[-1]].back
-    return transforms.units[RESIDUAL].back
+@torch.no_grad()
+def keep_apart(group: BackboneGroup, transforms: Sequence[ExpertTransforms | None]) -> None:
+    """Fills `group.apart` with the experts' own values of the parameters that are kept per task: they read and write the merged
+    residual stream, and are otherwise as they were."""
+    for index, (expert, one) in enumerate(zip(group.experts, transforms, strict=True)):
+        alone = None if one is None else one.alone()
+        values = expert if alone is None else alone.apply(expert, group.width(index))
+        group.apart[index].update({name: values[name] for name in group.apart[index]})
+        _set_map(group, index, alone)
+
+
+def _set_map(group: BackboneGroup, index: int, transforms: ExpertTransforms | None) -> None:
+    output_map = group.maps[index]
+    if transforms is not None and output_map is not None:
+        output_map.weight.copy_(map_to_features(group.taps[index], transforms))
+
+
+def map_to_features(tap: FeatureTap | None, transforms: ExpertTransforms) -> Tensor:
+    """What maps merged features to those that an expert's head reads, (expert's features, merged features).
+
+    Args:
+        tap ([`FeatureTap`], *optional*): What the head reads.
+        transforms ([`ExpertTransforms`]): Of the expert.
+    """
+    residual = transforms.units[RESIDUAL].back
+    ends = [name for name in transforms.spaces.hidden if name.startswith("out:")]
+    if tap is None or tap.field != "pooler_output" or not ends:
+        return residual
+    if ends[-1] not in transforms.units:
+        return torch.eye(len(residual), device=residual.device)
+    return transforms.units[ends[-1]].back

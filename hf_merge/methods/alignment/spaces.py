@@ -134,6 +134,15 @@ class ExpertTransforms:
         self.units: dict[str, Transform] = {}
         self.heads: dict[str, HeadOrder] = {}
 
+    def alone(self) -> ExpertTransforms:
+        """What brings layers that are not merged to the merged residual stream: each of its units gets the mean of the expert's
+        units that it stands for, and what is inside of the layers stays."""
+        residual = self.units[RESIDUAL]
+        transforms = ExpertTransforms(self.spaces)
+        to = residual.to / residual.to.sum(1, keepdim=True).clamp_min(1.0)
+        transforms.units[RESIDUAL] = Transform(to, residual.back)
+        return transforms
+
     def apply(self, expert: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
         """The expert's parameters in the reference's units.
 

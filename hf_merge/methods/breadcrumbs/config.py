@@ -22,6 +22,7 @@ class BreadcrumbsConfig(SparseMergeConfig):
     """
 
     merge_type: ClassVar[str] = "breadcrumbs"
+    papers: ClassVar[tuple[str, ...]] = ("2312.06795",)
 
     density: float = setting(
         0.9, "Fraction of each task vector that is kept.", minimum=0.0, maximum=1.0, scope="expert"

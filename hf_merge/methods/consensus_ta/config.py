@@ -22,6 +22,7 @@ class ConsensusTaConfig(MergeConfig):
     """
 
     merge_type: ClassVar[str] = "consensus_ta"
+    papers: ClassVar[tuple[str, ...]] = ("2405.07813",)
 
     k: int = setting(2, "How many tasks have to use an entry.", minimum=0)
     t: float = setting(0.4, "Threshold of a task's mask.", minimum=0.0, scope="expert")

@@ -17,6 +17,7 @@ class ConsensusTa(TensorMethod):
     """
 
     requires_base = True
+    changes_only = True
     min_experts = 2
 
     def merge(self, group: TensorGroup) -> Tensor:

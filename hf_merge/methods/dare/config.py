@@ -22,6 +22,7 @@ class DareConfig(SparseMergeConfig):
     """
 
     merge_type: ClassVar[str] = "dare"
+    papers: ClassVar[tuple[str, ...]] = ("2311.03099",)
 
     density: float = setting(0.5, "Probability of keeping an entry.", minimum=0.0, maximum=1.0, scope="expert")
     rescale: str = setting(

@@ -25,6 +25,7 @@ class DellaConfig(SparseMergeConfig):
     """
 
     merge_type: ClassVar[str] = "della"
+    papers: ClassVar[tuple[str, ...]] = ("2406.11617",)
 
     combination: str = setting("ties", "How sparse task vectors combine.", choices=("linear", "ties"))
     density: float = setting(0.5, "Mean probability of keeping an entry.", minimum=0.0, maximum=1.0, scope="expert")

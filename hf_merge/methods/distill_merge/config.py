@@ -39,6 +39,7 @@ class DistillMergeConfig(DistillationConfig):
     """
 
     merge_type: ClassVar[str] = "distill_merge"
+    papers: ClassVar[tuple[str, ...]] = ("2502.12706",)
 
     learning_rate: float = setting(1e-2, "Adam's step on the coefficients.", above=0, scope="merge")
     granularity: str = setting(
@@ -54,5 +55,6 @@ class DirectDistillConfig(DistillationConfig):
     """End-to-end distillation of the weights themselves, from a merged start (a baseline of arXiv 2502.12706)."""
 
     merge_type: ClassVar[str] = "direct_distill"
+    papers: ClassVar[tuple[str, ...]] = ("2502.12706",)
 
     learning_rate: float = setting(5e-4, "Adam's step on the weights.", above=0, scope="merge")

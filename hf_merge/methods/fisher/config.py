@@ -23,6 +23,7 @@ class FisherConfig(BlockMethodConfig):
     """
 
     merge_type: ClassVar[str] = "fisher"
+    papers: ClassVar[tuple[str, ...]] = ("2111.09832",)
 
     weights: float = setting(1.0, "Weight of each expert.", scope="expert", minimum=0)
     draws: int | None = setting(

@@ -35,6 +35,10 @@ class Factor(nn.Module):
         """X F, for X of shape (n, rows)."""
         raise NotImplementedError(f"{type(self).__name__} does not implement right")
 
+    def fit(self, matrix: Tensor) -> None:
+        """Takes the values that come nearest to a matrix (rows, columns)."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement fit")
+
     def dense(self) -> Tensor:
         """The matrix itself."""
         parameter = next(self.parameters())
@@ -53,6 +57,10 @@ class Diagonal(Factor):
 
     def right(self, weight: Tensor) -> Tensor:
         return _scale_rows(self.diagonal, weight.mT, self.columns).mT
+
+    @torch.no_grad()
+    def fit(self, matrix: Tensor) -> None:
+        self.diagonal.copy_(matrix.diagonal())
 
 
 class LowRank(Factor):
@@ -76,6 +84,15 @@ class LowRank(Factor):
     def right(self, weight: Tensor) -> Tensor:
         return self._identity_right(weight) + (weight @ self.a) @ self.b
 
+    @torch.no_grad()
+    def fit(self, matrix: Tensor) -> None:
+        rest = matrix - self._identity_left(torch.eye(self.columns, device=matrix.device))
+        left, values, right = torch.linalg.svd(rest, full_matrices=False)
+        rank = self.a.shape[1]
+        root = values[:rank].sqrt()
+        self.a.copy_(left[:, :rank] * root)
+        self.b.copy_(root[:, None] * right[:rank])
+
     def _identity_left(self, weight: Tensor) -> Tensor:
         return self.scale * _resize_rows(weight, self.rows)
 
@@ -90,6 +107,11 @@ class DiagonalLowRank(LowRank):
         super().__init__(rows, columns, scale, rank, generator)
         self.diagonal = nn.Parameter(torch.full((min(rows, columns),), float(scale)))
 
+    @torch.no_grad()
+    def fit(self, matrix: Tensor) -> None:
+        self.diagonal.copy_(matrix.diagonal())
+        super().fit(matrix)
+
     def _identity_left(self, weight: Tensor) -> Tensor:
         return _scale_rows(self.diagonal, weight, self.rows)
 
@@ -103,6 +125,10 @@ class Full(Factor):
     def __init__(self, rows: int, columns: int, scale: float):
         super().__init__(rows, columns, scale)
         self.matrix = nn.Parameter(torch.eye(rows, columns) * scale)
+
+    @torch.no_grad()
+    def fit(self, matrix: Tensor) -> None:
+        self.matrix.copy_(matrix)
 
     def left(self, weight: Tensor) -> Tensor:
         return self.matrix @ weight

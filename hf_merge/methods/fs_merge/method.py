@@ -5,13 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ..alignment.preparation import aligned_experts
-from ..backbone_base import BackboneGroup, BackboneMethod
+from ..backbone_base import BackboneGroup, BackboneMethod, Topology
+from ..backbone_blocks import BackboneBlock, BackbonePart
+from .block_training import train_block, train_part
 from .config import FsMergeConfig, KdConfig
 from .supernet import Supernet
-from .training import FeatureTraining, FoldedWeights, TrainedWeights
+from .training import FeatureTraining
+from .weights import FoldedWeights, TrainedWeights
 
 
 class FsMerge(BackboneMethod):
@@ -34,6 +38,21 @@ class FsMerge(BackboneMethod):
             group.report["refine"] = training.run()
         group.student.requires_grad_(False)
 
+    def start(
+        self,
+        topology: Topology,
+        experts: Sequence[Mapping[str, Tensor]],
+        shapes: Mapping[str, Sequence[int]],
+        settings: FsMergeConfig,
+    ) -> dict[str, Tensor]:
+        return start_weights(topology, experts, shapes, settings.init)
+
+    def merge_block(self, block: BackboneBlock) -> None:
+        train_block(block, start_scales(block.settings.init, len(block.experts)))
+
+    def merge_tail(self, tail: BackbonePart) -> None:
+        train_part(tail, TrainedWeights(tail))
+
     def _train(
         self, group: BackboneGroup, experts: Sequence[Mapping[str, Tensor]], scales: Sequence[float], label: str
     ) -> None:
@@ -45,11 +64,16 @@ class FsMerge(BackboneMethod):
             scales,
             settings.form,
             settings.rank,
-            group.head_sizes(settings.head_aligned),
+            group.topology.head_sizes(settings.head_aligned),
             group.seed,
         ).to(group.device)
         training = FeatureTraining(
-            group, FoldedWeights(group, supernet), settings.epochs, settings.learning_rates(), label
+            group,
+            FoldedWeights(group, supernet),
+            settings.epochs,
+            settings.learning_rates(),
+            label,
+            settings.fit_maps,
         )
         group.report[label] = training.run()
 
@@ -73,10 +97,9 @@ class Kd(BackboneMethod):
 
     def merge(self, group: BackboneGroup) -> None:
         settings: KdConfig = group.settings
-        scales = start_scales(settings.init, len(group))
-        start = Supernet(group.topology, starting_experts(group), group.shapes(), scales, "diagonal")
-        group.assign(start.to(group.device).fold())
-        training = FeatureTraining(group, TrainedWeights(group), settings.epochs, settings.learning_rates(), "kd")
+        group.assign(start_weights(group.topology, starting_experts(group), group.shapes(), settings.init))
+        rates = settings.learning_rates()
+        training = FeatureTraining(group, TrainedWeights(group), settings.epochs, rates, "kd", settings.fit_maps)
         group.report["kd"] = training.run()
         group.student.requires_grad_(False)
 
@@ -86,6 +109,22 @@ def start_scales(init: str, experts: int) -> tuple[float, ...]:
     if init == "first":
         return (1.0, *[0.0] * (experts - 1))
     return (1.0 / experts,) * experts
+
+
+@torch.no_grad()
+def start_weights(
+    topology: Topology, experts: Sequence[Mapping[str, Tensor]], shapes: Mapping[str, Sequence[int]], init: str
+) -> dict[str, Tensor]:
+    """The parameters of a backbone that no training has changed: the first expert's, or the average of all.
+
+    Args:
+        topology ([`Topology`]): Of the backbone, or of a part.
+        experts (`Sequence[Mapping[str, torch.Tensor]]`): The experts' parameters, float32.
+        shapes (`Mapping`): Of the merged parameters.
+        init (`str`): The recipe's.
+    """
+    start = Supernet(topology, experts, shapes, start_scales(init, len(experts)), "diagonal")
+    return start.to(next(iter(experts[0].values())).device).fold()
 
 
 def starting_experts(group: BackboneGroup) -> list[Mapping[str, Tensor]]:

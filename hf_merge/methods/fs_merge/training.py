@@ -6,102 +6,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..backbone_base import BackboneGroup, OutputMap
-from .supernet import Supernet
+from ..backbone_base import BackboneGroup
+from .features import captured, mean_square, real_rows, variance_of
+from .least_squares import MapFits
+from .optimization import learning_rate_factor, make_optimizer
+from .states import Best, MovingAverage
+from .weights import TrainedWeights
 
 
 _SAMPLES_OF_VARIANCE = 64
-
-
-class TrainedWeights:
-    """What is trained, and how it becomes the parameters of the merged backbone. This one trains the parameters themselves.
-
-    Args:
-        group ([`BackboneGroup`]): What is merged.
-    """
-
-    def __init__(self, group: BackboneGroup):
-        self.group = group
-        group.student.requires_grad_(True)
-        self._probes = nn.ModuleDict()
-
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trained tensors by learning rate: `"matrix"` and `"vector"`."""
-        groups: dict[str, list[nn.Parameter]] = {"matrix": [], "vector": []}
-        for parameter in self.group.student.parameters():
-            groups["vector" if parameter.ndim == 1 else "matrix"].append(parameter)
-        groups["matrix"] += self._probes.parameters()
-        return groups
-
-    def refresh(self) -> None:
-        """Writes the merged parameters into the backbone."""
-
-    def collect(self) -> None:
-        """Turns the gradients of the backbone's parameters into those of the trained tensors."""
-
-    def inner(self, name: str, task: int, hidden: Tensor, width: int) -> Tensor:
-        """What the merged channels that a layer reads correspond to in an expert: a map that is trained along and thrown away.
-
-        Args:
-            name (`str`): The group of layers.
-            task (`int`): The expert.
-            hidden (`torch.Tensor`): (..., merged channels).
-            width (`int`): The expert's channels.
-        """
-        return self._probes[f"{name}:{task}"](hidden)
-
-    def add_probes(self, widths: Mapping[str, Sequence[int]], merged: Mapping[str, int]) -> None:
-        """Makes the maps of [`~TrainedWeights.inner`] where there are none."""
-        for name, experts in widths.items():
-            for task, width in enumerate(experts):
-                self._probes[f"{name}:{task}"] = OutputMap(merged[name], width, False)
-        self._probes.to(next(self.group.student.parameters()).device)
-
-
-class FoldedWeights(TrainedWeights):
-    """Trains the factors of a supernet. The backbone's parameters are leaves of autograd: their gradients, gathered over all
-    batches of an update, go back through the fold once.
-
-    Args:
-        group ([`BackboneGroup`]): What is merged.
-        supernet ([`Supernet`]): Of the experts.
-    """
-
-    def __init__(self, group: BackboneGroup, supernet: Supernet):
-        super().__init__(group)
-        self.supernet = supernet
-        self._folded: dict[str, Tensor] = {}
-
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        return self.supernet.parameter_groups()
-
-    def refresh(self) -> None:
-        self._folded = self.supernet.fold()
-        self.group.assign(self._folded)
-
-    def collect(self) -> None:
-        weights = {name: self.group.student.get_parameter(name) for name in self._folded}
-        reached = [
-            name for name, weight in weights.items() if weight.grad is not None and self._folded[name].requires_grad
-        ]
-        torch.autograd.backward([self._folded[name] for name in reached], [weights[name].grad for name in reached])
-        for weight in weights.values():
-            weight.grad = None
-
-    def inner(self, name: str, task: int, hidden: Tensor, width: int) -> Tensor:
-        """U_i x: what expert i's layers read in the supernet."""
-        factor = self.supernet.inputs[name][task]
-        return factor.left(hidden.reshape(-1, hidden.shape[-1]).mT).mT.reshape(*hidden.shape[:-1], -1)
-
-    def add_probes(self, widths: Mapping[str, Sequence[int]], merged: Mapping[str, int]) -> None:
-        """The supernet has such maps already."""
 
 
 class FeatureTraining:
@@ -113,6 +32,7 @@ class FeatureTraining:
         epochs (`int`): Passes over the samples.
         learning_rates (`Mapping[str, float]`): For `"matrix"`, `"vector"` and `"output"`.
         label (`str`): What callbacks and the report call this run.
+        fit_maps (`bool`): Whether maps begin with least-squares values; not where they are trained already.
     """
 
     def __init__(
@@ -122,6 +42,7 @@ class FeatureTraining:
         epochs: int,
         learning_rates: Mapping[str, float],
         label: str,
+        fit_maps: bool = False,
     ):
         self.group, self.weights, self.settings, self.label = group, weights, group.settings, label
         self.source = group.source
@@ -131,7 +52,11 @@ class FeatureTraining:
         if self._sites:
             self._add_probes()
         self._maps = [one for one in group.maps if one is not None]
-        self.optimizer = self._make_optimizer(learning_rates)
+        if fit_maps:
+            self._fit_maps()
+        trained = self.weights.groups() | {"output": [p for one in self._maps for p in one.parameters()]}
+        self.optimizer = make_optimizer(self.settings, trained, learning_rates)
+        self.average = MovingAverage(self._trained(), self.settings.ema_decay)
         size = self.settings.batch_size * group.accumulation
         self.steps = math.ceil(max(len(rows) for rows in self.rows) / size)
         self.scales = [self._variances(task) for task in range(len(group))]
@@ -143,13 +68,14 @@ class FeatureTraining:
         monitor.begin_block(self.label, self.group.student, self.optimizer, self.epochs, self.steps)
         generator = self.group.random(self.label, "order")
         losses: list[float] = []
-        best = _Best(self.settings.early_stopping_patience, [self.weights, *self._maps])
+        best = Best(self.settings.early_stopping_patience)
         for epoch in range(self.epochs):
             losses.append(self._epoch(epoch, generator))
             watched = self.evaluate() if self.held_out else losses[-1]
-            if monitor.end_epoch(watched) or (self.held_out and best.is_over(watched, self._trained())):
+            if monitor.end_epoch(watched) or (self.held_out and best.is_over(watched, self.average.values)):
                 break
-        best.restore(self._trained())
+        best.restore(self.average.values)
+        self.average.keep()
         self.weights.refresh()
         return {"first_loss": losses[0], "last_loss": losses[-1], "epochs": len(losses)} | best.report()
 
@@ -193,7 +119,7 @@ class FeatureTraining:
         return total / (step + 1)
 
     def _update(self, orders: Sequence[np.ndarray], step: int, generator: np.random.Generator, count: int) -> float:
-        factor = self._schedule(count)
+        factor = learning_rate_factor(self.settings, count, self.epochs * self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         self.optimizer.zero_grad()
@@ -207,46 +133,27 @@ class FeatureTraining:
         if self.settings.max_grad_norm:
             nn.utils.clip_grad_norm_(self._trained(), self.settings.max_grad_norm)
         self.optimizer.step()
+        self.average.update()
         return total
-
-    def _schedule(self, step: int) -> float:
-        """The part of the peak learning rate: a linear warm-up, then a cosine to zero or a constant."""
-        total = self.epochs * self.steps
-        warm_up = self.settings.warmup_ratio * total
-        if step < warm_up:
-            return (step + 1) / (warm_up + 1)
-        if self.settings.lr_scheduler == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(total - warm_up, 1)))
-
-    def _make_optimizer(self, learning_rates: Mapping[str, float]) -> torch.optim.Optimizer:
-        trained = self.weights.groups() | {"output": [p for one in self._maps for p in one.parameters()]}
-        groups = [
-            {"params": parameters, "lr": learning_rates[name], "peak": learning_rates[name]}
-            for name, parameters in trained.items()
-            if parameters
-        ]
-        betas = (self.settings.adam_beta1, self.settings.adam_beta2)
-        return torch.optim.AdamW(groups, betas=betas, weight_decay=self.settings.weight_decay)
 
     # -- the loss -------------------------------------------------------------------------------------------------
 
     def _loss(self, task: int, inputs: Mapping[str, Tensor]) -> Tensor:
         mask = inputs.get("attention_mask")
-        with self._captured(self.group.modules[task]) as theirs:
+        with captured(self.group.modules[task], self._sites) as theirs:
             output = self.source.run_expert(task, inputs)
             target = self.group.features(task, output)
-        with self._captured(self.group.student) as ours:
+        with captured(self.group.student, self._sites) as ours:
             found = self.group.features(task, self.source.run_student(inputs))
         if self.group.maps[task] is not None:
             found = self.group.maps[task](found)
         variance, inner_variances = self.scales[task]
-        loss = self.settings.feature_weight * _mean_square(found - target, mask) / variance
+        loss = self.settings.feature_weight * mean_square(found - target, mask) / variance
         if self.settings.logit_weight and self.group.taps[task] is not None:
             loss = loss + self.settings.logit_weight * self._divergence(task, inputs, output, found, target, mask)
         for name in self._sites:
             mapped = self.weights.inner(name, task, ours[name].float(), theirs[name].shape[-1])
-            error = _mean_square(mapped - theirs[name].float(), mask) / inner_variances[name]
+            error = mean_square(mapped - theirs[name].float(), mask) / inner_variances[name]
             loss = loss + self.settings.inner_weight / len(self._sites) * error
         return loss
 
@@ -257,18 +164,21 @@ class FeatureTraining:
         with torch.no_grad():
             expected = self.source.predict(task, inputs, output, target).log_softmax(-1)
         predicted = self.source.predict(task, inputs, output, found).log_softmax(-1)
-        return _rows(expected.exp() * (expected - predicted), mask).sum(-1).mean()
+        return real_rows(expected.exp() * (expected - predicted), mask).sum(-1).mean()
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """The loss on the held-out samples, all in one pass and not augmented."""
-        self.weights.refresh()
+        """The loss of the averaged weights on the held-out samples, all in one pass. They are augmented in the same way every
+        time: what a masked language model is trained on has masks."""
+        generator = self.group.random(self.label, "held-out")
         total = 0.0
-        for task, rows in enumerate(self.held_out):
-            for start in range(0, len(rows), self.settings.batch_size):
-                part = rows[start : start + self.settings.batch_size]
-                loss = self._loss(task, self.source.inputs(task, part, None))
-                total += float(loss) * len(part) / len(rows)
+        with self.average.applied():
+            self.weights.refresh()
+            for task, rows in enumerate(self.held_out):
+                for start in range(0, len(rows), self.settings.batch_size):
+                    part = rows[start : start + self.settings.batch_size]
+                    loss = self._loss(task, self.source.inputs(task, part, generator))
+                    total += float(loss) * len(part) / len(rows)
         return total
 
     @torch.no_grad()
@@ -280,11 +190,11 @@ class FeatureTraining:
         for start in range(0, len(rows), self.settings.batch_size):
             inputs = self.source.inputs(task, rows[start : start + self.settings.batch_size], None)
             mask = inputs.get("attention_mask")
-            with self._captured(self.group.modules[task]) as theirs:
-                targets.append(_rows(self.group.features(task, self.source.run_expert(task, inputs)), mask))
+            with captured(self.group.modules[task], self._sites) as theirs:
+                targets.append(real_rows(self.group.features(task, self.source.run_expert(task, inputs)), mask))
             for name, value in theirs.items():
-                inner[name].append(_rows(value.float(), mask))
-        return _variance(targets), {name: _variance(values) for name, values in inner.items()}
+                inner[name].append(real_rows(value.float(), mask))
+        return variance_of(targets), {name: variance_of(values) for name, values in inner.items()}
 
     def _inner_sites(self) -> dict[str, str]:
         """The first layer of every group that reads one tensor, by group, where inner features are compared."""
@@ -303,65 +213,33 @@ class FeatureTraining:
         merged = self.group.shapes()
         self.weights.add_probes(widths, {n: merged[weight][axis] for n, (weight, axis) in shapes.items()})
 
-    @contextmanager
-    def _captured(self, backbone: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """What the layers of the inner sites read during a forward."""
-        read: dict[str, Tensor] = {}
-        with ExitStack() as stack:
-            for name, layer in self._sites.items():
-                hook = _reader(read, name)
-                handle = backbone.get_submodule(layer).register_forward_pre_hook(hook)
-                stack.callback(handle.remove)
-            yield read
-
-
-class _Best:
-    """Watches the held-out loss and keeps the best state."""
-
-    def __init__(self, patience: int | None, modules: Sequence[Any]):
-        self.patience = patience
-        self.loss = math.inf
-        self._waited = 0
-        self._state: list[Tensor] | None = None
-
-    def is_over(self, loss: float, trained: Sequence[Tensor]) -> bool:
-        if loss < self.loss:
-            self.loss, self._waited = loss, 0
-            self._state = [tensor.detach().clone() for tensor in trained]
-        else:
-            self._waited += 1
-        return self.patience is not None and self._waited >= self.patience
+    # -- the start ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def restore(self, trained: Sequence[Tensor]) -> None:
-        if self._state is not None:
-            for tensor, value in zip(trained, self._state, strict=True):
-                tensor.copy_(value)
+    def _fit_maps(self) -> None:
+        """Gives the maps to the experts' features, and those inside that play no part yet, their least-squares values."""
+        self.weights.refresh()
+        unfitted = self.weights.unfitted()
+        readers = {str(group): names[0] for group, names in self.group.topology.readers().items()}
+        for task, output_map in enumerate(self.group.maps):
+            sites = {name: layer for name, layer in readers.items() if task in unfitted.get(name, ())}
+            fits = self._map_fits(task, sites)
+            if output_map is not None:
+                output_map.set_values(*fits.solve("", output_map.weight))
+            for name in sites:
+                self.weights.fit(name, task, fits.solve(name, None)[0].to(self.group.device))
 
-    def report(self) -> dict[str, float]:
-        return {} if self._state is None else {"held_out_loss": self.loss}
-
-
-def _reader(read: dict[str, Tensor], name: str):
-    def hook(module: nn.Module, args: tuple) -> None:
-        read[name] = args[0]
-
-    return hook
-
-
-def _rows(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The vectors of real tokens, (count, channels)."""
-    if mask is None or values.ndim != 3 or mask.shape != values.shape[:2]:
-        return values.reshape(-1, values.shape[-1])
-    return values[mask.bool()]
-
-
-def _mean_square(difference: Tensor, mask: Tensor | None) -> Tensor:
-    return _rows(difference, mask).square().mean()
-
-
-def _variance(parts: Sequence[Tensor]) -> Tensor:
-    """The mean variance of the channels of (count, channels); the mean square of a single row."""
-    rows = torch.cat(list(parts))
-    spread = rows.var(0, correction=0).mean() if len(rows) > 1 else rows.square().mean()
-    return spread.clamp_min(1e-12)
+    def _map_fits(self, task: int, sites: Mapping[str, str]) -> MapFits:
+        """One pass over a task's samples: the features, called `""`, and what the layers of the sites read."""
+        generator, size = self.group.random(self.label, "maps"), self.settings.batch_size
+        fits, rows = MapFits(), self.rows[task]
+        for start in range(0, len(rows), size):
+            inputs = self.source.inputs(task, rows[start : start + size], generator)
+            mask = inputs.get("attention_mask")
+            with captured(self.group.modules[task], sites) as theirs:
+                theirs[""] = self.group.features(task, self.source.run_expert(task, inputs))
+            with captured(self.group.student, sites) as ours:
+                ours[""] = self.group.features(task, self.source.run_student(inputs))
+            for name, value in ours.items():
+                fits.add(name, real_rows(value.float(), mask), real_rows(theirs[name].float(), mask), name == "")
+        return fits

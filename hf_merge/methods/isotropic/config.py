@@ -19,6 +19,7 @@ class IsoCConfig(LinearLayersConfig):
     """
 
     merge_type: ClassVar[str] = "iso_c"
+    papers: ClassVar[tuple[str, ...]] = ("2502.04959",)
 
     scaling: float = setting(1.0, "Scaling coefficient of the merged task vector.")
 
@@ -34,6 +35,7 @@ class IsoCtsConfig(TruncatedSvdConfig):
     """
 
     merge_type: ClassVar[str] = "iso_cts"
+    papers: ClassVar[tuple[str, ...]] = ("2502.04959",)
 
     scaling: float = setting(1.0, "Scaling coefficient of the merged task vector.")
     common_space_fraction: float = setting(0.8, "Part of the directions taken from the sum.", minimum=0, maximum=1)

@@ -20,6 +20,7 @@ class KarcherConfig(MergeConfig):
     """
 
     merge_type: ClassVar[str] = "karcher"
+    papers: ClassVar[tuple[str, ...]] = ("2603.04972",)
 
     weights: float = setting(1.0, "Weight of each expert.", minimum=0.0, scope="expert")
     max_iter: int = setting(100, "Largest number of steps.", minimum=1)

@@ -19,6 +19,7 @@ class LinearConfig(MergeConfig):
     """
 
     merge_type: ClassVar[str] = "linear"
+    papers: ClassVar[tuple[str, ...]] = ("2203.05482",)
 
     weights: float = setting(1.0, "Weight of each expert.", scope="expert")
     normalize: bool = setting(True, "Divide by the sum of the weights.")

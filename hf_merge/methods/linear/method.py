@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..base import TensorGroup, TensorMethod
+from ...low_rank import Factors, concatenated
+from ..base import LowRankGroup, TensorGroup, TensorMethod
+from .config import LinearConfig
 
 
 class LinearMerge(TensorMethod):
@@ -14,12 +18,24 @@ class LinearMerge(TensorMethod):
 
     merges_buffers = True
 
+    @classmethod
+    def works_on_changes(cls, settings: LinearConfig) -> bool:
+        return settings.normalize
+
+    @classmethod
+    def merged_rank(cls, ranks: Sequence[int], settings: LinearConfig) -> int:
+        return sum(ranks)
+
     def merge(self, group: TensorGroup) -> Tensor:
         settings = group.settings
         total = torch.zeros(group.shape, dtype=group.dtype, device=group.stored_experts[0].device)
         for weight, expert in zip(settings.weights, group.experts(), strict=True):
             total.add_(expert, alpha=weight)
         return total.div_(normalizer(settings.weights, group.name)) if settings.normalize else total
+
+    def merge_low_rank(self, group: LowRankGroup) -> Factors:
+        total = normalizer(group.settings.weights, group.name)
+        return concatenated(group.experts, [weight / total for weight in group.settings.weights])
 
 
 def normalizer(weights: list[float], name: str) -> float:

@@ -21,6 +21,7 @@ class LocalizeAndStitchConfig(MergeConfig):
     """
 
     merge_type: ClassVar[str] = "localize_and_stitch"
+    papers: ClassVar[tuple[str, ...]] = ("2408.13656",)
 
     density: float = setting(
         0.05, "Fraction of each task vector that is kept.", minimum=0.0, maximum=1.0, scope="expert"

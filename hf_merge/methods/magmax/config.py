@@ -18,5 +18,6 @@ class MagMaxConfig(MergeConfig):
     """
 
     merge_type: ClassVar[str] = "magmax"
+    papers: ClassVar[tuple[str, ...]] = ("2407.06322",)
 
     scaling: float = setting(0.5, "Scaling coefficient of the merged task vector.")

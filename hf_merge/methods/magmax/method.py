@@ -15,6 +15,7 @@ class MagMax(TensorMethod):
     """
 
     requires_base = True
+    changes_only = True
 
     def merge(self, group: TensorGroup) -> Tensor:
         best = group.task_vector(0)

@@ -25,6 +25,7 @@ class MatsConfig(BlockMethodConfig):
     """
 
     merge_type: ClassVar[str] = "mats"
+    papers: ClassVar[tuple[str, ...]] = ("2312.04339",)
 
     init: Any = field(
         default="task_arithmetic", metadata={"help": "Method or recipe without data that the iteration starts from."}

@@ -18,5 +18,6 @@ class ModelStockConfig(MergeConfig):
     """
 
     merge_type: ClassVar[str] = "model_stock"
+    papers: ClassVar[tuple[str, ...]] = ("2403.19522",)
 
     filter_wise: bool = setting(False, "One ratio for each output unit instead of one for each parameter.")

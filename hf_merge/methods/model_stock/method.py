@@ -14,6 +14,7 @@ class ModelStock(TensorMethod):
     """θ_0 + t · mean τ, with t from the mean angle θ between the task vectors; see [`interpolation_ratio`]."""
 
     requires_base = True
+    changes_only = True
     min_experts = 2
 
     def merge(self, group: TensorGroup) -> Tensor:

@@ -21,6 +21,8 @@ class MultiSlerp(TensorMethod):
     direction of their sum: the result is m itself.
     """
 
+    changes_only = True
+
     def merge(self, group: TensorGroup) -> Tensor:
         vector = group.expert if group.base is None else group.task_vector
         weights = group.settings.weights

@@ -14,6 +14,7 @@ class NearSwap(TensorMethod):
     """
 
     requires_base = True
+    changes_only = True
     max_experts = 1
 
     def merge(self, group: TensorGroup) -> Tensor:

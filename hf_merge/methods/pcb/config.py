@@ -19,6 +19,7 @@ class PcbConfig(MergeConfig):
     """
 
     merge_type: ClassVar[str] = "pcb"
+    papers: ClassVar[tuple[str, ...]] = ("2410.02396",)
 
     density: float = setting(
         0.2, "Fraction of each task vector that is kept.", minimum=0.0, maximum=1.0, scope="expert"

@@ -17,6 +17,7 @@ class Pcb(TensorMethod):
     """θ_0 + λ Σ s_i ⊙ τ_i / Σ s_i, with s_i the scores of [`balanced_scores`], parameter by parameter."""
 
     requires_base = True
+    changes_only = True
 
     def merge(self, group: TensorGroup) -> Tensor:
         settings = group.settings

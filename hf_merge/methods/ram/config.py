@@ -22,6 +22,7 @@ class RamConfig(MergeConfig):
     """
 
     merge_type: ClassVar[str] = "ram"
+    papers: ClassVar[tuple[str, ...]] = ("2601.13572",)
 
     epsilon: float = setting(1e-5, "Smallest change that counts.", minimum=0.0)
     rescale: str = setting(

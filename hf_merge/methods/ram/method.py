@@ -24,6 +24,7 @@ class Ram(TensorMethod):
     """
 
     requires_base = True
+    changes_only = True
 
     def __init__(self) -> None:
         self._overlaps: dict[str, Overlap] = {}

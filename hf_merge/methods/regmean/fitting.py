@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..base import LINEAR_KINDS, ParameterKind, TensorGroup
 from ..block_base import BlockGroup, BlockInputs
-from .gram import sum_dtype
+from ..linalg import solve_symmetric, sum_dtype
 from .products import EXPERT_KINDS, Product, ProductWatcher
 
 
@@ -115,4 +115,4 @@ def _solve(group: TensorGroup, moments: Sequence[_Moments]) -> Tensor:
     if diagonal == 0:
         return torch.zeros_like(residual).float()
     gram.diagonal().add_(max(settings.ridge, 1e-12) * diagonal)
-    return torch.cholesky_solve(residual.mT, torch.linalg.cholesky(gram)).mT.float()
+    return solve_symmetric(gram, residual.mT).mT.float()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..base import TensorGroup
 from ..block_base import BlockInputs
+from ..linalg import sum_dtype
 from .products import EXPERT_KINDS, Product, ProductWatcher
 
 
@@ -69,11 +70,6 @@ class GramCollector:
         rows = rows.float()
         gram.matrix[place] += rows.mT @ rows
         gram.count[place] += int(rows.any(dim=-1).sum())
-
-
-def sum_dtype(like: Tensor) -> torch.dtype:
-    """The dtype that sums over tokens are kept in: float64 where the device has it."""
-    return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 def _hide_padding(mixture: nn.Module, inputs: BlockInputs) -> Any:

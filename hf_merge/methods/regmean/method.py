@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import NonFiniteError
 from ..base import LINEAR_KINDS, ParameterKind, TensorGroup
 from ..block_base import BlockGroup, BlockMethod
+from ..linalg import solve_symmetric
 from .fitting import fit_layers
 from .gram import Gram, GramCollector
 from .products import EXPERT_KINDS
@@ -41,7 +42,7 @@ class RegMean(BlockMethod):
 
     def solve(self, group: TensorGroup, weights: Sequence[Tensor], grams: Sequence[Known], start: Tensor) -> Tensor:
         """The merged weight of one linear layer, (out, in), from the experts' and the value that `init` gives."""
-        return solve_closed(group, weights, grams)
+        return solve_closed(group, weights, grams, start)
 
     def grams_of(self, block: BlockGroup, task: int, groups: dict[str, TensorGroup]) -> dict[str, Gram]:
         """The Gram matrices of one task, by parameter."""
@@ -130,21 +131,17 @@ def normal_equations(
     return total, right
 
 
-def solve_closed(group: TensorGroup, weights: Sequence[Tensor], grams: Sequence[Known]) -> Tensor:
-    """(Σ W_i G̃_i)(Σ G̃_i + ρ I)⁻¹ by Cholesky.  W_i: (out, in).
+def solve_closed(group: TensorGroup, weights: Sequence[Tensor], grams: Sequence[Known], start: Tensor) -> Tensor:
+    """(Σ W_i G̃_i + ρ W)(Σ G̃_i + ρ I)⁻¹ by Cholesky.  W_i, W: (out, in).
 
-    The ridge pulls towards the mean of the experts, so that directions that no token has get it.
+    The ridge pulls towards the start W, so that directions that no token has keep it.
     """
-    mean = sum(weights) / len(weights)
-    system = normal_equations(group, weights, grams, mean)
+    system = normal_equations(group, weights, grams, start)
     if system is None:
-        return mean
+        return start
     total, right = system
     diagonal = float(total.diagonal().mean())
-    if not torch.isfinite(total).all():
-        raise NonFiniteError(f"The inputs of '{group.name}' hold NaN or infinity for some calibration sample.")
     if diagonal == 0:
-        return mean
+        return start
     total.diagonal().add_(max(group.settings.ridge, 1e-12) * diagonal)
-    factor = torch.linalg.cholesky(total)
-    return mean + torch.cholesky_solve(right.mT, factor).mT.to(mean.dtype)
+    return start + solve_symmetric(total, right.mT).mT.to(start.dtype)

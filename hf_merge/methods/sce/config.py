@@ -19,5 +19,6 @@ class SceConfig(MergeConfig):
     """
 
     merge_type: ClassVar[str] = "sce"
+    papers: ClassVar[tuple[str, ...]] = ("2408.07990",)
 
     density: float = setting(1.0, "Fraction of the entries that are kept.", minimum=0.0, maximum=1.0)

@@ -18,6 +18,7 @@ class Sce(TensorMethod):
     """
 
     requires_base = True
+    changes_only = True
 
     def merge(self, group: TensorGroup) -> Tensor:
         mask = select(group, group.settings.density)

@@ -29,6 +29,7 @@ class SvcConfig(MergeConfig):
     """
 
     merge_type: ClassVar[str] = "svc"
+    papers: ClassVar[tuple[str, ...]] = ("2602.05536",)
 
     inner: str = setting("task_arithmetic", "The method whose result is calibrated.", scope="merge")
     inner_settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of the inner method."})

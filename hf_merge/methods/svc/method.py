@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...low_rank import Factors
 from ...registry import get_merge_method
-from ..base import LinearMethod, TaskMatrices, TensorGroup, TensorMethod
+from ..base import LinearMethod, LowRankGroup, TaskMatrices, TensorGroup, TensorMethod
 from ..linalg import singular_triplets, solve_dtype
 from .config import SvcConfig
 
@@ -25,6 +26,11 @@ class Svc(LinearMethod):
 
     def __init__(self):
         self._inner: dict[str, TensorMethod] = {}
+
+    @classmethod
+    def works_on_changes(cls, settings: SvcConfig) -> bool:
+        inner = get_merge_method(settings.inner).method_cls
+        return issubclass(inner, TensorMethod) and inner.works_on_changes(settings.inner_config)
 
     def rounds(self, settings: SvcConfig) -> int:
         return self._method(settings).rounds(settings.inner_config)
@@ -42,6 +48,9 @@ class Svc(LinearMethod):
         # The inner result takes the place of an expert, so that one view brings every stored form to matrices.
         view = dataclasses.replace(group, stored_experts=[merged], expert_names=("merged",))
         return _Calibration(group).merge(view)
+
+    def merge_low_rank(self, group: LowRankGroup) -> Factors | None:
+        return None
 
     def merge_other(self, group: TensorGroup) -> Tensor:
         inner = _inner_group(group)

@@ -20,6 +20,7 @@ class TaskArithmeticConfig(MergeConfig):
     """
 
     merge_type: ClassVar[str] = "task_arithmetic"
+    papers: ClassVar[tuple[str, ...]] = ("2212.04089",)
 
     scaling: float = setting(0.3, "Scaling coefficient of the merged task vector.")
     weights: float = setting(1.0, "Weight of each expert.", scope="expert")

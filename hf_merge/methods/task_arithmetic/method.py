@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..base import TensorGroup, TensorMethod
+from ...low_rank import Factors, concatenated
+from ..base import LowRankGroup, TensorGroup, TensorMethod
 from ..linear.method import normalizer
 
 
@@ -13,6 +17,11 @@ class TaskArithmetic(TensorMethod):
     """θ_0 + λ Σ w_i τ_i."""
 
     requires_base = True
+    changes_only = True
+
+    @classmethod
+    def merged_rank(cls, ranks: Sequence[int], settings: Any) -> int:
+        return sum(ranks)
 
     def merge(self, group: TensorGroup) -> Tensor:
         settings = group.settings
@@ -22,3 +31,8 @@ class TaskArithmetic(TensorMethod):
         if settings.normalize:
             total.div_(normalizer(settings.weights, group.name))
         return total.mul_(settings.scaling).add_(group.base)
+
+    def merge_low_rank(self, group: LowRankGroup) -> Factors:
+        settings = group.settings
+        factor = settings.scaling / (normalizer(settings.weights, group.name) if settings.normalize else 1.0)
+        return concatenated(group.experts, [factor * weight for weight in settings.weights])

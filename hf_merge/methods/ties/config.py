@@ -26,6 +26,7 @@ class TiesConfig(MergeConfig):
     """
 
     merge_type: ClassVar[str] = "ties"
+    papers: ClassVar[tuple[str, ...]] = ("2306.01708",)
 
     density: float = setting(
         0.2, "Fraction of each task vector that is kept.", minimum=0.0, maximum=1.0, scope="expert"

@@ -34,5 +34,6 @@ class TsvMConfig(TruncatedSvdConfig):
     """
 
     merge_type: ClassVar[str] = "tsv_m"
+    papers: ClassVar[tuple[str, ...]] = ("2412.00081",)
 
     scaling: float = setting(1.0, "Scaling coefficient of the merged task vector.")

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..base import LinearMethod, TaskMatrices, TensorGroup
-from ..linalg import Triplets, polar_factor, randomized_triplets, singular_triplets, solve_dtype
+from ...low_rank import Factors
+from ..base import LinearMethod, LowRankGroup, TaskMatrices, TensorGroup
+from ..linalg import (
+    Triplets,
+    factored_triplets,
+    polar_factor,
+    randomized_triplets,
+    singular_triplets,
+    solve_dtype,
+)
 from ..reporting import add_to_report
 from .config import TruncatedSvdConfig
 
@@ -14,6 +25,12 @@ from .config import TruncatedSvdConfig
 class TsvM(LinearMethod):
     """λ U_⊥ diag(S) V_⊥ᵀ: of each of n tasks the top ⌊min(out, in)/n⌋ triplets, concatenated, U and V replaced by their polar
     factors."""
+
+    changes_only = True
+
+    @classmethod
+    def merged_rank(cls, ranks: Sequence[int], settings: Any) -> int:
+        return sum(ranks)
 
     def merge_matrix(self, task_matrices: TaskMatrices, group: TensorGroup) -> Tensor:
         indices = nonzero_experts(task_matrices)
@@ -30,6 +47,20 @@ class TsvM(LinearMethod):
         right = polar_factor(torch.cat([part.right for part in parts]))
         merged = Triplets(left, torch.cat([part.values for part in parts]), right).matrix()
         return merged.mul_(group.settings.scaling).to(task_matrices.base.dtype)
+
+    def merge_factors(self, group: LowRankGroup) -> Factors:
+        parts = [factored_triplets(expert) for expert in group.experts]
+        parts = [part for part in parts if len(part.values)]
+        if not parts:
+            return Factors.zero(group.experts[0])
+        count = max(1, min(group.shape) // len(parts))
+        energies = [(part.top(count).values.norm() / part.values.norm()).item() ** 2 for part in parts]
+        group.report["tsv_energy"] = sum(energies) / len(energies)
+        parts = [part.top(count) for part in parts]
+        left = polar_factor(torch.cat([part.left for part in parts], dim=1))
+        right = polar_factor(torch.cat([part.right for part in parts]))
+        merged = Triplets(left, torch.cat([part.values for part in parts]), right)
+        return merged.factors(group.settings.scaling, group.experts[0].left.dtype)
 
 
 def nonzero_experts(task_matrices: TaskMatrices) -> list[int]:

@@ -18,5 +18,6 @@ class WiseFtConfig(MergeConfig):
     """
 
     merge_type: ClassVar[str] = "wise_ft"
+    papers: ClassVar[tuple[str, ...]] = ("2109.01903",)
 
     alpha: float = setting(0.5, "0 is the base model, 1 the expert.", minimum=0.0, maximum=1.0)

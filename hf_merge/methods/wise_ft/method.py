@@ -11,6 +11,7 @@ class WiseFt(TensorMethod):
     """(1 − α) θ_0 + α θ_1 for one expert (arXiv 2109.01903)."""
 
     requires_base = True
+    changes_only = True
     max_experts = 1
 
     def merge(self, group: TensorGroup) -> Tensor:

@@ -1,0 +1,1 @@
+"""Adapters: reading PEFT's adapters as task vectors of their base model, and writing merged ones."""

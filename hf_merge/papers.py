@@ -1,0 +1,132 @@
+"""The papers of the methods, by arXiv id, for model cards. A config names its own in `papers`; an id that is not in this table is
+cited by its address alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .config import MergeConfig
+from .registry import get_merge_method
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What is cited.
+
+    Args:
+        title (`str`): Its title.
+        author (`str`, *optional*): The first author's surname, and that of the second where there are two.
+        year (`int`): Of the first version.
+        alone (`bool`): Whether those are all authors.
+    """
+
+    title: str
+    author: str | None
+    year: int
+    alone: bool = False
+
+
+PAPERS: dict[str, Paper] = {
+    "1412.6550": Paper("FitNets: Hints for Thin Deep Nets", "Romero", 2014),
+    "1910.05653": Paper("Model Fusion via Optimal Transport", "Singh and Jaggi", 2019, alone=True),
+    "2109.01903": Paper("Robust fine-tuning of zero-shot models", "Wortsman", 2021),
+    "2111.09832": Paper("Merging Models with Fisher-Weighted Averaging", "Matena and Raffel", 2021, alone=True),
+    "2203.05482": Paper(
+        "Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time",
+        "Wortsman",
+        2022,
+    ),
+    "2209.04836": Paper("Git Re-Basin: Merging Models modulo Permutation Symmetries", "Ainsworth", 2022),
+    "2212.04089": Paper("Editing Models with Task Arithmetic", "Ilharco", 2022),
+    "2212.09849": Paper("Dataless Knowledge Fusion by Merging Weights of Language Models", "Jin", 2022),
+    "2305.03053": Paper("ZipIt! Merging Models from Different Tasks without Training", "Stoica", 2023),
+    "2306.01708": Paper("TIES-Merging: Resolving Interference When Merging Models", "Yadav", 2023),
+    "2310.02575": Paper("AdaMerging: Adaptive Model Merging for Multi-Task Learning", "Yang", 2023),
+    "2311.03099": Paper(
+        "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch", "Yu", 2023
+    ),
+    "2312.04339": Paper("Merging by Matching Models in Task Parameter Subspaces", "Tam", 2023),
+    "2312.06795": Paper(
+        "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks",
+        "Davari and Belilovsky",
+        2023,
+        alone=True,
+    ),
+    "2402.02705": Paper("Representation Surgery for Multi-Task Model Merging", "Yang", 2024),
+    "2403.19522": Paper("Model Stock: All we need is just a few fine-tuned models", "Jang", 2024),
+    "2405.07813": Paper("Localizing Task Information for Improved Model Merging and Compression", "Wang", 2024),
+    "2406.11617": Paper(
+        "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling", "Deep", 2024
+    ),
+    "2407.06322": Paper("MagMax: Leveraging Model Merging for Seamless Continual Learning", "Marczak", 2024),
+    "2408.07990": Paper("FuseChat: Knowledge Fusion of Chat Models", "Wan", 2024),
+    "2408.13656": Paper("Localize-and-Stitch: Efficient Model Merging via Sparse Task Arithmetic", "He", 2024),
+    "2410.01483": Paper(
+        "Foldable SuperNets: Scalable Merging of Transformers with Different Initializations and Tasks",
+        "Kinderman",
+        2024,
+    ),
+    "2410.02396": Paper("Parameter Competition Balancing for Model Merging", "Du", 2024),
+    "2410.19735": Paper("Model Merging with SVD to Tie the KnOTS", "Stoica", 2024),
+    "2412.00081": Paper("Task Singular Vectors: Reducing Task Interference in Model Merging", "Gargiulo", 2024),
+    "2502.04959": Paper(
+        "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces", "Marczak", 2025
+    ),
+    "2502.12706": Paper("Scalable Model Merging with Progressive Layer-wise Distillation", "Xu", 2025),
+    "2503.08099": Paper(
+        "Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task Vectors",
+        "Cheng",
+        2025,
+    ),
+    "2505.19892": Paper(
+        "Unifying Multimodal Large Language Model Capabilities and Modalities via Model Merging", "Wei", 2025
+    ),
+    "2508.03121": Paper(
+        "RegMean++: Enhancing Effectiveness and Generalization of Regression Mean for Model Merging", "Nguyen", 2025
+    ),
+    "2509.17786": Paper("Accurate and Efficient Low-Rank Model Merging in Core Space", "Panariello", 2025),
+    "2601.13572": Paper("Behavior Knowledge Merge in Reinforced Agentic Models", "Yuan", 2026),
+    "2602.05536": Paper("When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging", None, 2026),
+    "2603.02945": Paper("ACE-Merging: Data-Free Model Merging with Adaptive Covariance Estimation", "Xu", 2026),
+    "2603.04972": Paper("Functionality-Oriented LLM Merging on the Fisher--Rao Manifold", "Wang", 2026),
+    "2606.07289": Paper("Closed-Form Spectral Regularization for Multi-Task Model Merging", "Wei", 2026),
+}
+
+
+def papers_of(config: MergeConfig) -> list[str]:
+    """The arXiv ids of every method that a recipe uses, each once: its own, its rules', its start's and its further steps'."""
+    ids = list(config.papers)
+    for rule in config.rules:
+        if "merge_type" in rule:
+            ids += get_merge_method(rule["merge_type"]).config_cls.papers
+    start = [config.start_config()] if hasattr(config, "start_config") else []
+    for inner in [*start, *config.inner_recipes(), *config.next_recipes()]:
+        ids += papers_of(inner)
+    if config.align == "git_rebasin":
+        ids.append("2209.04836")
+    if getattr(config, "fit_heads", False):
+        ids.append("2402.02705")
+    return list(dict.fromkeys(ids))
+
+
+def bibtex(ids: Iterable[str]) -> str:
+    """BibTeX entries of papers, by arXiv id."""
+    return "\n\n".join(_entry(one) for one in ids)
+
+
+def _entry(arxiv_id: str) -> str:
+    paper = PAPERS.get(arxiv_id)
+    fields = {"eprint": arxiv_id, "archivePrefix": "arXiv", "url": f"https://arxiv.org/abs/{arxiv_id}"}
+    if paper is None:
+        return _format(f"arxiv{arxiv_id}", {"title": f"arXiv:{arxiv_id}"} | fields)
+    known = {"title": f"{{{paper.title}}}"}
+    if paper.author is not None:
+        known["author"] = paper.author if paper.alone else f"{paper.author} and others"
+    name = (paper.author or "arxiv").split()[0].lower()
+    return _format(f"{name}{paper.year}_{arxiv_id.replace('.', '_')}", known | {"year": str(paper.year)} | fields)
+
+
+def _format(key: str, fields: dict[str, str]) -> str:
+    lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
+    return f"@misc{{{key},\n{lines}\n}}"
