@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 WORKERS ?= auto
 SOURCES := hf_merge tests docs $(wildcard examples)
 
-.PHONY: demo test slow quality style docs clean
+.PHONY: demo test slow quality style pages docs clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/hf-merge demo
@@ -25,6 +25,10 @@ quality: $(VENV)/.installed-quality
 style: $(VENV)/.installed-quality
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+# The paper index and the notebook, from the code and the quick tour.
+pages: $(VENV)/.installed-test
+	$(BIN)/python docs/make_pages.py
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml

@@ -59,3 +59,7 @@ def test_command_prints_json(models, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["experts"] == ["a", "b"]
     assert len(printed["layers"]) > 10
+    for layer in printed["layers"]:
+        (one, cosine), (same, other) = layer["cosines"]
+        assert [one, other, same] == pytest.approx([1.0, 1.0, cosine])
+        assert cosine * layer["norms"][0] * layer["norms"][1] == pytest.approx(layer["products"][0][1])

@@ -271,11 +271,27 @@ def test_same_tokenizer_everywhere_is_carried(tmp_path):
     assert AutoTokenizer.from_pretrained(bed.merge(config_of())).get_vocab()["word5"] == 5
 
 
-def test_permuted_token_ids_are_refused(tmp_path):
+def test_permuted_token_ids_are_merged_by_token(tmp_path):
     bed = bed_for("llama", tmp_path)
     for path in [bed.base, *bed.experts.values()]:
         save_tokenizer(path, WORDS)
-    save_tokenizer(bed.experts["b"], [WORDS[0], *WORDS[:0:-1]])
+    in_order = LlamaForCausalLM.from_pretrained(bed.merge(config_of(), tmp_path / "in_order"))
+    moved = [0, *range(VOCAB - 1, 0, -1)]
+    expert = LlamaForCausalLM.from_pretrained(bed.experts["b"])
+    for table in (expert.model.embed_tokens.weight, expert.lm_head.weight):
+        table.data = table.data[moved]
+    expert.save_pretrained(bed.experts["b"])
+    save_tokenizer(bed.experts["b"], [WORDS[row] for row in moved])
+    merged = LlamaForCausalLM.from_pretrained(bed.merge(config_of()))
+    assert torch.equal(merged.lm_head.weight, in_order.lm_head.weight)
+    assert torch.equal(merged.model.embed_tokens.weight, in_order.model.embed_tokens.weight)
+
+
+def test_vocabularies_of_other_tokens_are_refused(tmp_path):
+    bed = bed_for("llama", tmp_path)
+    for path in [bed.base, *bed.experts.values()]:
+        save_tokenizer(path, WORDS)
+    save_tokenizer(bed.experts["b"], [*WORDS[:-1], "another"])
     with pytest.raises(MergeError, match="token") as caught:
         bed.merge(config_of())
     assert "'b'" in str(caught.value)

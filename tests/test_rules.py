@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hf_merge import ConfigError, LinearConfig, TiesConfig
+from hf_merge import ConfigError, LinearConfig, Merger, TiesConfig
+
+from .zoo import ZOO
 
 
 EXPERTS = ("a", "b", "c")
@@ -51,3 +53,32 @@ def test_the_config_itself_names_every_expert():
 def test_a_setting_that_all_experts_share_takes_no_dictionary():
     with pytest.raises(ConfigError, match="the same for every expert"):
         TiesConfig(rules=[{"match": "layer", "scaling": {"a": 1.0}}])
+
+
+NAMES = ("a.weight", "a.bias", "b.weight")
+
+
+@pytest.mark.parametrize(
+    ("rules", "overruled"),
+    [
+        ([{"match": "weight", "weights": 1.0}, {"match": "a", "weights": 2.0}], []),
+        ([{"match": "a", "weights": 1.0}, {"match": "a.bias", "weights": 2.0}], ["a.bias"]),
+        (
+            [{"match": "weight", "weights": 1.0}, {"match": "bias", "weights": 2.0}, {"match": "a", "weights": 3.0}],
+            ["a"],
+        ),
+        ([{"match": "a", "weights": {"x": 1.0}}, {"match": "a", "weights": 2.0}], []),
+        ([{"match": "a", "weights": {"gradient": [0.0, 1.0]}}, {"match": "a", "weights": 2.0}], ["a"]),
+        ([{"match": "a", "merge_type": "ties"}, {"match": "a", "weights": 2.0}], []),
+        ([{"match": "none", "weights": 1.0}], []),
+    ],
+)
+def test_rules_that_never_win_are_known(rules, overruled):
+    assert LinearConfig(rules=rules).overruled(NAMES) == overruled
+
+
+def test_plan_notes_a_rule_that_never_wins():
+    model = ZOO["vit"].build()
+    rules = [{"match": "weight", "weights": 2.0}, {"match": "attention.*weight", "weights": 3.0}]
+    plan = Merger.from_pretrained({"a": model, "b": model}, LinearConfig(rules=rules)).check()
+    assert [note for note in plan.notes if "'attention.*weight' has no effect" in note]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -13,6 +15,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 
@@ -20,6 +24,10 @@ BERT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 BERT_EXPERTS = {"me/minilm-spam": 2, "me/minilm-movies": 3, "me/minilm-langid": 5}
 LLAMA_BASE = "me/llama-base"
 LLAMA_EXPERTS = ("me/llama-code", "me/llama-math")
+LLAMA_ADAPTERS = ("me/llama-code-lora", "me/llama-math-lora")
+VIT_BASE = "me/vit-base"
+VIT_EXPERTS = {"me/vit-cars": 4, "me/vit-flowers": 3}
+ROWS = [{"text": "free money", "label": 1}, {"text": "the film was great", "label": 0}]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "film", "free", "great", "money", "the", "was", "##s"]
 SIZE = {
     "vocab_size": len(WORDS),
@@ -48,11 +56,44 @@ def build_hub(folder: Path) -> None:
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, bos_token_id=2, eos_token_id=3, **SIZE))
     _save(llama, folder / LLAMA_BASE)
+    for seed, name in enumerate(LLAMA_ADAPTERS, start=1):
+        torch.manual_seed(seed)
+        _save_adapter(folder / LLAMA_BASE, folder / name)
     for seed, name in enumerate(LLAMA_EXPERTS, start=1):
         torch.manual_seed(seed)
         expert = LlamaForCausalLM(llama.config)
         expert.load_state_dict(llama.state_dict())
         _save(_perturbed(expert), folder / name)
+    _build_vision(folder)
+    _build_data(folder / "data")
+
+
+def _build_vision(folder: Path) -> None:
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    base = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **size))
+    base.save_pretrained(folder / VIT_BASE)
+    for seed, (name, num_labels) in enumerate(VIT_EXPERTS.items(), start=1):
+        torch.manual_seed(seed)
+        expert = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=num_labels, **size))
+        expert.vit.load_state_dict(base.vit.state_dict())
+        _perturbed(expert).save_pretrained(folder / name)
+
+
+def _build_data(folder: Path) -> None:
+    """Labelled rows of the tasks that pages measure."""
+    folder.mkdir()
+    for task in ("spam", "movies"):
+        for name in (task, f"{task}_calibration"):
+            text = "".join(json.dumps(row) + "\n" for row in ROWS * 4)
+            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def _save_adapter(base: Path, folder: Path) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    model.peft_config["default"].base_model_name_or_path = LLAMA_BASE
+    model.save_pretrained(folder)
 
 
 def _perturbed(model: PreTrainedModel) -> PreTrainedModel:

@@ -28,6 +28,7 @@ from hf_merge import (
     TaskArithmeticConfig,
     UnsupportedModelError,
 )
+from hf_merge.methods.prodistill import ProDistill
 
 from ..testing_utils import make_bed
 from ..zoo import ZOO, perturbed
@@ -274,6 +275,30 @@ def test_samples_are_not_accepted_after_the_merge(bed, tmp_path: Path):
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_experts_are_let_go_before_coefficients_are_trained(bed):
+    """Only the task vectors are needed then."""
+    kept = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            kept.extend(p.device.type for expert in blocks[-1].experts for p in expert.parameters())
+            kept.extend(t.device.type for g in blocks[-1].parameters.values() for t in g.stored_experts)
+
+    blocks = []
+    merge_block = ProDistill.merge_block
+
+    def remember(self, block):
+        blocks.append(block)
+        merge_block(self, block)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProDistill, "merge_block", remember)
+        merger_of(bed).merge(samples(), callbacks=[Watch])
+    assert kept
+    assert set(kept) == {"meta"}
+
 
 _PEAK = """
     import resource, sys, torch, transformers

@@ -389,10 +389,30 @@ def test_dtype_is_that_of_the_result(keys: dict, dtype: str | None):
         ({"tokenizer_source": "b"}, "b"),
         ({"tokenizer": {"source": "base"}}, "base"),
         ({"tokenizer": {"source": {"model": {"path": "a"}}}}, "a"),
+        ({"tokenizer_source": "union"}, "union"),
+        ({"tokenizer": {}}, "union"),
     ],
 )
 def test_tokenizer_source_names_a_model_of_the_merge(keys: dict, tokenizer: str | None):
     assert MergeConfig.from_mergekit(two("sce", **keys)).tokenizer == tokenizer
+
+
+def test_token_sources_are_translated():
+    tokens = {
+        "x": {"source": "a", "force": True},
+        "y": {"source": {"kind": "model_token", "model": "b", "token_id": 3}},
+        "z": {"source": {"kind": "zero"}},
+        "u": {"source": {"kind": "model_token", "model": "base", "token": "x"}},
+    }
+    recipe = two("sce", tokenizer={"source": "base", "tokens": tokens, "pad_to_multiple_of": 8})
+    config = MergeConfig.from_mergekit(recipe)
+    assert config.pad_to_multiple_of == 8
+    assert config.tokens == {
+        "x": {"source": "a", "force": True},
+        "y": {"source": {"model": "b", "token_id": 3}},
+        "z": {"source": "zero"},
+        "u": {"source": {"model": "base", "token": "x"}},
+    }
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
@@ -483,13 +503,15 @@ BAD = {
         two("karcher") | {"models": [{"model": {"model": "a", "override_architecture": "X"}}]},
         "'override_architecture' is not supported",
     ),
-    "union": (two("karcher", tokenizer_source="union"), "tokenizer_source is 'union', which is not supported"),
-    "union by default": (two("karcher", tokenizer={}), "tokenizer.source is 'union'"),
-    "token rules": (
-        two("karcher", tokenizer={"source": "a", "tokens": {"x": {}}}),
-        "'tokenizer.tokens' is not supported",
+    "token of no model": (
+        two("karcher", tokenizer={"source": "a", "tokens": {"x": {"source": "z"}}}),
+        "tokens['x'].source is 'z', which is none of the models",
     ),
-    "padding": (two("karcher", tokenizer={"source": "a", "pad_to_multiple_of": 8}), "'tokenizer.pad_to_multiple_of'"),
+    "token of a kind": (
+        two("karcher", tokenizer={"tokens": {"x": {"source": {"kind": "random"}}}}),
+        "must be 'model_token' or 'zero'",
+    ),
+    "padding": (two("karcher", tokenizer={"source": "a", "pad_to_multiple_of": -8}), "pad_to_multiple_of"),
     "tokenizer of another model": (two("karcher", tokenizer_source="z"), "none of the models whose first layers"),
     "tokenizer twice": (two("karcher", tokenizer_source="a", tokenizer={"source": "a"}), "keep one"),
     "chat template": (two("karcher", chat_template="chatlm"), "Did you mean 'chatml'"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_merge import ConfigError, Merger, PlanError
+from hf_merge import AutoMergedModel, ConfigError, LinearConfig, Merger, PlanError, TiesConfig
 from hf_merge.methods.alignment import GitRebasinConfig, OtFusionConfig, ZipItConfig
 from hf_merge.methods.alignment.activations import zip_units
 from hf_merge.methods.alignment.matching import WeightMatching, assign, transport
@@ -89,6 +89,82 @@ def test_matching_undoes_a_permutation(family, config):
         torch.testing.assert_close(logits(merger.model_for(task), family), logits(model, family), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", ("vit", "bert", "gpt2", "llama"))
+def test_later_blocks_are_kept_for_each_task(family, tmp_path):
+    """Partial zip: what comes after the merged blocks is every expert's own, in the merged residual stream."""
+    model = build(family, 0)
+    spoilt = permuted(model, family)
+    last = [p for name, p in backbone_of(spoilt).named_parameters() if ".1." in name and p.ndim == 2]
+    merger = Merger.from_pretrained({"plain": model, "other": spoilt}, GitRebasinConfig(blocks=1))
+    merger.save_pretrained(tmp_path / "exact")
+    for task in ("plain", "other"):
+        found = AutoMergedModel.from_pretrained(tmp_path / "exact", task=task)
+        torch.testing.assert_close(logits(found, family), logits(model, family), atol=1e-4, rtol=1e-3)
+    with torch.no_grad():
+        last[0].add_(0.1 * torch.randn(last[0].shape, generator=torch.Generator().manual_seed(0)))
+    merger = Merger.from_pretrained({"plain": model, "other": spoilt}, GitRebasinConfig(blocks=1))
+    merger.merge()
+    assert torch.equal(logits(merger.model_for("plain"), family), logits(model, family))
+    torch.testing.assert_close(logits(merger.model_for("other"), family), logits(spoilt, family), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ("vit", "bert", "gpt2"))
+def test_repaired_layers_have_the_experts_moments(family):
+    """Means and deviations of a layer's outputs are the experts' averages; a model merged with itself stays what it is."""
+    model = build(family, 0)
+    data = {name: samples(family, 24) for name in ("plain", "permuted")}
+    merger = Merger.from_pretrained(
+        {"plain": model, "permuted": permuted(model, family)}, GitRebasinConfig(repair=True)
+    )
+    merger.merge(data)
+    torch.testing.assert_close(logits(merger.model_for("plain"), family), logits(model, family), atol=1e-3, rtol=1e-2)
+    experts = {"a": build(family, 0), "b": build(family, 1)}
+    merger = Merger.from_pretrained(experts, GitRebasinConfig(repair=True, residual=False))
+    merger.merge({name: samples(family, 24) for name in experts})
+    plain = Merger.from_pretrained(experts, GitRebasinConfig(residual=False))
+    plain.merge()
+    last = list(trace(model, ZOO[family].inputs()).linears)[2]
+    inputs = samples(family, 24)
+    wanted = sum(moments(one, last, inputs)[1].sum() for one in experts.values()) / 2
+    assert abs(moments(plain.model, last, inputs)[1].sum() - wanted) > 0.1 * wanted
+    torch.testing.assert_close(moments(merger.model, last, inputs)[1].sum(), wanted, rtol=0.02, atol=0)
+
+
+@torch.no_grad()
+def moments(model, layer: str, inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    outputs = []
+    handle = backbone_of(model).get_submodule(layer).register_forward_hook(lambda m, a, out: outputs.append(out))
+    model(**inputs)
+    handle.remove()
+    rows = outputs[0].flatten(0, -2)
+    return rows.mean(0), rows.std(0, correction=0)
+
+
+def test_partial_zip_keeps_what_is_not_merged():
+    merger, data = merger_of("vit", ZipItConfig(blocks=0))
+    merger.merge(data)
+    whole, _ = merger_of("vit", ZipItConfig())
+    whole.merge(data)
+    names = merger.plan.heads["task1"].names
+    assert "vit.layernorm.weight" in names and "vit.embeddings.cls_token" not in names
+    assert any(".layers.0." in name for name in names)
+    assert len(names) > len(whole.plan.heads["task1"].names)
+
+
+@pytest.mark.parametrize("merge", (lambda: LinearConfig(align="git_rebasin"), lambda: TiesConfig(align="git_rebasin")))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_method_can_merge_aligned_experts(family, merge):
+    """A model and its permuted twin are one and the same model after alignment, with and without a base."""
+    config, model = merge(), build(family, 0)
+    config.heads = "per_task"
+    experts = {"plain": model, "permuted": permuted(model, family)}
+    base = build(family, 0) if config.merge_type == "ties" else None
+    merger = Merger.from_pretrained(experts, config, base_model=base)
+    merger.merge()
+    for task in experts:
+        torch.testing.assert_close(logits(merger.model_for(task), family), logits(model, family), atol=1e-4, rtol=1e-3)
+
+
 def test_average_of_other_heads_is_not_the_model():
     """The law above is not empty: without matching the average of the two is another function."""
     model = build("vit", 0)
@@ -161,3 +237,9 @@ def test_refusals():
         merger.check()
     with pytest.raises(ConfigError, match="residual"):
         ZipItConfig(residual=False)
+    with pytest.raises(PlanError, match="blocks=9"):
+        merger_of("vit", GitRebasinConfig(blocks=9))[0].check()
+    with pytest.raises(ConfigError, match="align"):
+        FsMergeConfig(align="git_rebasin")
+    with pytest.raises(ConfigError, match="one by one"):
+        merger_of("vit", LinearConfig(align="git_rebasin"), (None, 48))

@@ -20,7 +20,8 @@ from hf_merge import (
 from hf_merge.engines.backbone_plan import set_width
 from hf_merge.methods.backbone_base import OutputMap
 from hf_merge.methods.fs_merge import FsMergeConfig, KdConfig
-from hf_merge.methods.fs_merge.factors import FORMS, HeadMixing
+from hf_merge.methods.fs_merge.factors import FORMS, HeadMixing, make_factor
+from hf_merge.methods.fs_merge.states import MovingAverage
 from hf_merge.methods.fs_merge.supernet import Supernet
 from hf_merge.modeling.heads import find_attention
 from hf_merge.modeling.topology import backbone_of, trace
@@ -304,7 +305,7 @@ def test_gradients_of_factors_are_those_of_a_direct_computation():
     supernet.zero_grad()
 
     from hf_merge.methods.backbone_base import BackboneGroup
-    from hf_merge.methods.fs_merge.training import FoldedWeights
+    from hf_merge.methods.fs_merge.weights import FoldedWeights
 
     group = BackboneGroup(topology, backbone, experts, [], [], [], ("a", "b"), None)
     weights = FoldedWeights(group, supernet)
@@ -313,6 +314,61 @@ def test_gradients_of_factors_are_those_of_a_direct_computation():
     weights.collect()
     for name, gradient in expected.items():
         torch.testing.assert_close(dict(supernet.named_parameters())[name].grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_fitted_maps_leave_the_first_expert_as_it_is(form):
+    """Least-squares maps at the start lower the loss; the first expert's features are still its own."""
+    losses = []
+    for fit_maps in (False, True):
+        config = FsMergeConfig(form=form, fit_maps=fit_maps, epochs=1, batch_size=4, learning_rate=1e-9)
+        merger, data = merger_of("bert", config)
+        merger.merge(data)
+        (report,) = merger.report.blocks["backbone"].values()
+        losses.append(report["first_loss"])
+    assert losses[1] < 0.7 * losses[0]
+    first = merger.experts[0].live
+    torch.testing.assert_close(logits(merger.model_for("task0"), "bert"), logits(first, "bert"), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_factors_take_the_values_nearest_to_a_matrix(form):
+    generator = torch.Generator().manual_seed(0)
+    factor = make_factor(form, 6, 4, 1.0, 4, generator)
+    matrix = torch.randn(6, 4, generator=generator)
+    factor.fit(matrix)
+    if form == "diagonal":
+        torch.testing.assert_close(factor.dense().diagonal(), matrix.diagonal())
+    else:
+        torch.testing.assert_close(factor.dense(), matrix, atol=1e-5, rtol=1e-5)
+
+
+def test_moving_average():
+    """The average follows the plain recursion, may be applied for a while, and is kept in the end."""
+    tensor = nn.Parameter(torch.zeros(3))
+    average, expected = MovingAverage([tensor], 0.5), torch.zeros(3)
+    for update in range(1, 30):
+        with torch.no_grad():
+            tensor.add_(1.0)
+        average.update()
+        decay = min(0.5, (1 + update) / (10 + update))
+        expected = decay * expected + (1 - decay) * tensor.detach()
+    own = tensor.detach().clone()
+    with average.applied():
+        torch.testing.assert_close(tensor.detach(), expected)
+    assert torch.equal(tensor.detach(), own)
+    average.keep()
+    torch.testing.assert_close(tensor.detach(), expected)
+
+
+@pytest.mark.parametrize("config_cls", (FsMergeConfig, KdConfig))
+def test_averaged_weights_differ_from_the_last_ones(config_cls):
+    settings = {"epochs": 4, "batch_size": 4, "learning_rate": 0.01, "validation_split": 0.25}
+    results = []
+    for decay in (0.0, 0.9):
+        merger, data = merger_of("vit", config_cls(ema_decay=decay, **settings))
+        results.append(merger.merge(data).state_dict())
+    assert not torch.equal(results[0]["vit.layers.0.mlp.fc1.weight"], results[1]["vit.layers.0.mlp.fc1.weight"])
 
 
 def test_augmentation_sees_training_batches():

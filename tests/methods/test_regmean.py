@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_merge import Merger, RegMeanConfig, RegMeanPlusPlusConfig
+from hf_merge import Merger, RegMeanConfig, RegMeanPlusPlusConfig, TaskArithmeticConfig
 from hf_merge.methods.base import ParameterKind, TensorGroup
+from hf_merge.methods.linalg import solve_symmetric
 from hf_merge.methods.regmean.products import Product, ProductWatcher
 
 from ..zoo import ZOO, perturbed
@@ -201,3 +202,25 @@ def test_layers_without_any_token_keep_the_mean():
     # Equal router logits choose the same two of the four experts for every token.
     kept = [torch.allclose(merged.get_parameter(name)[i], mean[i], atol=1e-6) for i in range(4)]
     assert sum(kept) >= 2
+
+
+def test_the_ridge_pulls_towards_init():
+    """A layer without a say of the samples (a very large ridge) is that of the recipe of `init`."""
+    init = {"merge_type": "task_arithmetic", "scaling": 0.7}
+    base, experts = ZOO["vit"].build(), models_of("vit")
+    start = Merger.from_pretrained(experts, TaskArithmeticConfig(scaling=0.7), base_model=base).merge().state_dict()
+    for config in (RegMeanConfig(init=init, ridge=1e8), RegMeanPlusPlusConfig(init=init, ridge=1e8)):
+        merger = Merger.from_pretrained(experts, config, base_model=base)
+        for name, tensor in merger.merge(samples_of("vit")).state_dict().items():
+            torch.testing.assert_close(tensor, start[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_tiny_ridge_survives_dependent_inputs():
+    """Rounded sums of fewer tokens than features are not quite positive definite."""
+    rows = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    system = (rows.mT @ rows).double() - 1e-7 * torch.eye(40, dtype=torch.float64)
+    wanted = torch.randn(40, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert torch.linalg.cholesky_ex(system).info
+    solved = solve_symmetric(system, system @ wanted)
+    torch.testing.assert_close(system @ solved, system @ wanted, rtol=0, atol=1e-4)
+    assert solved.norm() <= wanted.norm()
