@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..checkpoints.source import ModelSource
 from ..data.samples import TaskModel
 from ..methods.base import TensorGroup
-from .plan import MergePlan, PlannedParameter, build_plan
+from .plan import MergePlan, PlannedParameter
+from .planning import build_plan
 
 
 def initial_plan(plan: MergePlan) -> MergePlan:

@@ -24,7 +24,8 @@ from .calibrated import initial_plan
 from .end_to_end import EndToEndEngine
 from .options import EngineOptions
 from .placement import Placement
-from .plan import MergePlan, build_plan
+from .plan import MergePlan
+from .planning import build_plan
 from .streaming import MergeReport, Sink, StreamingEngine
 
 

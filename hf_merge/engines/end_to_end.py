@@ -29,7 +29,8 @@ from .calibrated import initial_plan, is_left_to_method, parameter_row, task_mod
 from .head_fitting import HeadFitter, with_fitted_head
 from .options import EngineOptions
 from .placement import Placement
-from .plan import MergePlan, PlannedParameter, build_plan
+from .plan import MergePlan, PlannedParameter
+from .planning import build_plan
 from .streaming import MergeReport, Sink, StreamingEngine, on_disk, peak_memory_bytes
 from .task_models import LazyTensors, LoadedModels, MergedValues, as_parameter, build_model, parameter_names
 

@@ -15,7 +15,7 @@ from ..checkpoints.source import ModelSource, open_source
 from ..config import MergeConfig
 from ..errors import CheckpointError, ConfigError, MergeError, PlanError
 from .nested import MergedSource
-from .plan import build_plan
+from .planning import build_plan
 from .slices import LayerSlice, SlicedSource
 
 
