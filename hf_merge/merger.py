@@ -260,9 +260,11 @@ class Merger(HubMixin):
             self._index_of(task)
         plan, engine = self._prepare(None, None, None, None)
         if plan.adapter is not None:
-            raise ConfigError("The recipe's result is an adapter: use Merger.from_pretrained(config=recipe).merge().")
+            raise ConfigError(
+                "The recipe's result is an adapter: use Merger.from_pretrained(config=recipe).save_pretrained(folder)."
+            )
         if isinstance(engine, StreamingEngine):
-            return lazy_merge(plan, self.placement, task)
+            return lazy_merge(plan, engine, task)
         model = self.merge() if task is None else self.model_for(task)
         return LazyModel(type(model), model.config, model.state_dict(), result_dtype(plan), model.generation_config)
 

@@ -95,10 +95,26 @@ def _check(model: PeftModel, adapters: Sequence[str], config: MergeConfig, name:
 
 
 def _add(model: PeftModel, config, tensors: dict[str, Tensor], name: str) -> None:
+    before = set(model.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.add_adapter(name, config)
-        result = set_peft_model_state_dict(model, tensors, adapter_name=name)
+        added = False
+        try:
+            _fill(model, tensors, name, before)
+            added = True
+        finally:
+            if not added:
+                model.delete_adapter(name)
+
+
+def _fill(model: PeftModel, tensors: dict[str, Tensor], name: str, before: set[str]) -> None:
+    """Loads a new adapter's tensors: all of them, into all of its parameters."""
+    result = set_peft_model_state_dict(model, tensors, adapter_name=name)
     if result.unexpected_keys:
-        model.delete_adapter(name)
         raise PlanError([f"PEFT has no place for '{result.unexpected_keys[0]}' of the merged adapter in this model."])
+    missing = [key for key in result.missing_keys if key not in before and name in key.split(".")]
+    if missing:
+        raise PlanError(
+            [f"PEFT wants '{missing[0]}' in this model, which the merged adapter lacks: save the merge instead."]
+        )

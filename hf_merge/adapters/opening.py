@@ -157,13 +157,19 @@ def _from_folder(name: str, reference: ModelReference, hub_kwargs: Mapping[str, 
 
 def _is_adapter_repository(repository: str, kwargs: Mapping[str, Any]) -> bool:
     """Whether a Hub repository holds an adapter; where that cannot be told, opening it as a model says what is wrong."""
-    from huggingface_hub import file_exists
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import constants, file_exists, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     filename = "/".join(part for part in (kwargs.get("subfolder"), CONFIG_NAME) if part)
+    revision = kwargs.get("revision")
     try:
-        return file_exists(repository, filename, revision=kwargs.get("revision"), token=kwargs.get("token"))
-    except (HfHubHTTPError, HFValidationError, OSError):
+        cached = try_to_load_from_cache(repository, filename, cache_dir=kwargs.get("cache_dir"), revision=revision)
+        if isinstance(cached, str):
+            return True
+        if kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE:
+            return False
+        return file_exists(repository, filename, revision=revision, token=kwargs.get("token"))
+    except (HTTPError, HFValidationError, OSError):
         return False
 
 
@@ -200,7 +206,8 @@ def common_base(adapters: Sequence[Adapter]) -> str | None:
         ConfigError: They name different ones.
     """
     named = {adapter.name: adapter.base_name for adapter in adapters if adapter.base_name}
-    if len({_stem(base) for base in named.values()}) > 1:
+    folders = {_place(base) for base in named.values() if _is_local(base)}
+    if len({_stem(base) for base in named.values()}) > 1 or len(folders) > 1:
         listing = ", ".join(f"'{name}' on '{base}'" for name, base in named.items())
         raise ConfigError(
             f"The adapters were trained on different base models: {listing}. Their changes do not add up; if these are names of "
@@ -211,9 +218,18 @@ def common_base(adapters: Sequence[Adapter]) -> str | None:
 
 def base_difference(adapter: Adapter, base: str | None) -> str | None:
     """A note where an adapter's config names another base model than the one that is used."""
-    if base is None or adapter.base_name is None or _stem(base) == _stem(adapter.base_name):
+    if base is None or adapter.base_name is None or _place(base) == _place(adapter.base_name):
         return None
     return f"{adapter} says that it was trained on '{adapter.base_name}', it is applied to '{base}'"
+
+
+def _is_local(base: str) -> bool:
+    """Whether a base model's name means a folder: one that is there, or one that no Hub id could be."""
+    return Path(base).expanduser().is_dir() or re.fullmatch(r"[\w.-]*\w(/[\w.-]+)?", base, re.ASCII) is None
+
+
+def _place(base: str) -> str:
+    return str(Path(base).expanduser().resolve()) if _is_local(base) else base.lower()
 
 
 def _stem(base: str) -> str:

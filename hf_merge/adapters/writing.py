@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoints.storage import TensorInfo
-from ..errors import PlanError
+from ..errors import NonFiniteError, PlanError
 from ..low_rank import Factors, resized
 from .attaching import ADAPTER, hollow_model
 from .reading import lora_tensors
@@ -98,6 +98,8 @@ class AdapterLayout:
         slots = _slots(model, {id(module): path for path, module in modules.items()}, names)
         self._slots = {key: slots[id(value)] for key, value in state.items()}
         self.infos = {key: TensorInfo(tuple(value.shape), dtype) for key, value in state.items()}
+        # PEFT puts the name of the model that it was given there: that of an expert, whose config the hollow model has.
+        self.config.base_model_name_or_path = settings.get("base_model_name_or_path")
         self.config.inference_mode = True
         self._check()
 
@@ -146,6 +148,9 @@ class AdapterLayout:
             name (`str`): The parameter.
             change (`Factors` or `torch.Tensor`): Factors as the parameter is stored, of at most the planned rank; the change of a
                 bias; or the value of a parameter that is written whole.
+
+        Raises:
+            NonFiniteError: A value is NaN or infinity, or becomes so in the adapter's dtype.
         """
         found = {}
         for key in self.keys(name):
@@ -156,6 +161,12 @@ class AdapterLayout:
             else:
                 value = change
             found[key] = value.to(info.dtype).reshape(info.shape).contiguous()
+            if not torch.isfinite(found[key]).all():
+                dtype = str(info.dtype).removeprefix("torch.")
+                raise NonFiniteError(
+                    f"The merged '{name}' has NaN or infinity as {dtype}: its values do not fit, or an input holds them. Where "
+                    "they do not fit, set dtype='float32'."
+                )
         return found
 
 

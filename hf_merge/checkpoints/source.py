@@ -272,7 +272,7 @@ def _from_folder(name: str, reference: ModelReference, trust_remote_code: bool, 
         raise CheckpointError(f"{where}: the folder '{folder}' does not exist.")
     if (folder / "adapter_config.json").is_file():
         raise UnsupportedModelError(
-            f"{where} is a PEFT adapter, not a model: load it with AutoPeftModel, call merge_and_unload() and pass the result."
+            f"{where} is a PEFT adapter, not a model: pass it as an expert, or what AutoPeftModel's merge_and_unload() makes of it."
         )
     config = load_config(folder, where, trust_remote_code)
     return ModelSource(

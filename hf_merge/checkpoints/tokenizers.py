@@ -82,6 +82,12 @@ def ids_of(definition: Definition) -> dict[str, int]:
     return vocabulary | {added["content"]: added["id"] for added in definition.get("added_tokens") or ()}
 
 
+def added_tokens(folder: Path) -> set[str]:
+    """The tokens that `tokenizer.json` of a model folder adds to its vocabulary; none without such a file."""
+    path = folder / TOKENIZER
+    return {entry["content"] for entry in read_json(path).get("added_tokens") or ()} if path.is_file() else set()
+
+
 def unite(definitions: Sequence[Definition], extra: Iterable[str] = ()) -> Definition:
     """The tokenizer that knows all tokens of several ones.
 
@@ -91,6 +97,8 @@ def unite(definitions: Sequence[Definition], extra: Iterable[str] = ()) -> Defin
     Args:
         definitions (`Sequence[dict]`): At least one; all of one kind.
         extra (`Iterable[str]`): More tokens, which are matched as they are.
+
+    A token that is added in any of them is added in the union: its text is matched as it is, and never cut.
 
     Raises:
         CheckpointError: The tokenizers are of different kinds.
@@ -103,7 +111,7 @@ def unite(definitions: Sequence[Definition], extra: Iterable[str] = ()) -> Defin
         entries = {entry["content"]: entry for entry in other.get("added_tokens") or ()}
         new = [token for token in _by_id(ids_of(other)) if token not in table]
         table |= _numbered(table, new)
-        added |= {token: entries[token] | {"id": table[token]} for token in new if token in entries}
+        added |= {token: entry | {"id": table[token]} for token, entry in entries.items() if token not in added}
         _ADDERS[united["model"]["type"]](united["model"], other["model"], table)
     new = [token for token in dict.fromkeys(extra) if token not in table]
     table |= _numbered(table, new)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..methods.base import TensorMethod
 from ..registry import get_merge_method
 from .adapters import merges_changes
 from .plan import MergePlan, PlannedParameter
+from .retokenized import RetokenizedSource
 from .sealing import HEADS_FOLDER, REPORT_NAME, head_tensors
 from .streaming import MergeReport
 
@@ -61,6 +63,11 @@ def plan_adapter(plan: MergePlan) -> None:
         plan.problems.append("output='adapter' is a change of a base model: pass base_model=... (--base).")
     if plan.config.align is not None or plan.config.tokens or plan.config.pad_to_multiple_of is not None:
         plan.problems.append("output='adapter' cannot align experts or change the vocabulary: use output='model'.")
+    elif any(isinstance(source, RetokenizedSource) for source in plan.sources):
+        plan.problems.append(
+            "The vocabularies of the models differ, and output='adapter' is a change of the base model with its own: use "
+            "output='model'."
+        )
     if plan.problems:
         return
     try:
@@ -196,7 +203,8 @@ def result_layout(plan: MergePlan, planned: AdapterPlan) -> AdapterLayout:
     adapters = [source for source in plan.experts if isinstance(source, AdapterSource)]
     tasks = {str(source.adapter.config.task_type) for source in adapters if source.adapter.config.task_type}
     wanted = getattr(torch, plan.config.dtype) if plan.config.dtype else None
-    dtype = wanted or (adapters[0].adapter_dtype if adapters else torch.float32)
+    dtypes = [source.adapter_dtype for source in adapters] or [torch.float32]
+    dtype = wanted or reduce(torch.promote_types, dtypes)
     base, model_class = plan.base.reference, plan.target.model_class
     task = next(iter(tasks)) if len(tasks) == 1 else None
     # What PEFT's auto classes load an adapter without a task by.

@@ -15,7 +15,7 @@ from ..checkpoints.source import ModelSource
 from ..errors import NonFiniteError
 from ..kinds import ParameterKind
 from ..low_rank import Factors, stacked
-from ..methods.base import LowRankGroup, TensorGroup, TensorMethod
+from ..methods.base import LinearMethod, LowRankGroup, TensorGroup, TensorMethod
 from ..registry import get_merge_method
 from .plan import MergePlan, PlannedParameter
 from .streaming import Loaded, StreamingEngine
@@ -39,6 +39,32 @@ def merges_changes(parameter: PlannedParameter) -> bool:
         if not issubclass(method, TensorMethod) or not method.works_on_changes(settings):
             return False
     return True
+
+
+def factor_problems(plan: MergePlan) -> list[str]:
+    """The parameters that settings need the experts' changes of as factors, where they are not: one sentence for each method."""
+    found: dict[str, str] = {}
+    for parameter in plan.parameters:
+        for settings in (parameter.settings, *parameter.then):
+            method = get_merge_method(settings.merge_type).method_cls
+            needs = (
+                issubclass(method, LinearMethod) and method.needs_factors(settings) and parameter.kind in method.kinds
+            )
+            if parameter.action == "merge" and needs and not _holds_factors(plan, parameter):
+                found.setdefault(
+                    settings.merge_type,
+                    f"'{settings.merge_type}' has no rank to take from the experts at '{parameter.name}', whose changes are no "
+                    "factors there: set rank=...",
+                )
+    return list(found.values())
+
+
+def _holds_factors(plan: MergePlan, parameter: PlannedParameter) -> bool:
+    """Whether the experts' changes of a parameter, where they have one, reach its method as factors."""
+    if parameter.then or not all_adapters(plan.experts):
+        return False
+    deltas = [source.deltas.get(name) for source, name in zip(plan.experts, parameter.experts, strict=True)]
+    return all(delta is None or delta.factors is not None for delta in deltas)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from ..methods.block_base import BlockMethod
 from ..methods.model_base import ModelMethod
 from ..registry import get_merge_method
 from .adapter_output import plan_adapter
-from .adapters import AdapterEngine, all_adapters
+from .adapters import AdapterEngine, all_adapters, factor_problems
 from .backbone_blocks import BackboneBlocksEngine
 from .backbone_plan import build_backbone_plan
 from .backbones import BackboneEngine
@@ -52,6 +52,7 @@ def plan_merge(config: MergeConfig, experts: Sequence[ModelSource], base: ModelS
     method = get_merge_method(config.merge_type).method_cls
     build = build_backbone_plan if issubclass(method, BackboneMethod) else build_plan
     plan = build(config, experts, base)
+    plan.problems += factor_problems(plan)
     if config.output == "adapter":
         plan_adapter(plan)
     return plan

@@ -13,11 +13,11 @@ from torch import Tensor
 from ..adapters.writing import AdapterLayout
 from ..checkpoints.folder import OutputFolder, check_output
 from ..config import MergeConfig
-from ..errors import ConfigError, PlanError
+from ..errors import ConfigError, NonFiniteError, PlanError
 from ..low_rank import Factors, factorized
 from ..methods.base import keyed_generator
 from ..methods.linalg import Triplets, randomized_triplets, singular_triplets
-from .adapter_output import checkpoint_layout, matrix_of, result_layout, seal_adapter
+from .adapter_output import AdapterSink, checkpoint_layout, matrix_of, result_layout, seal_adapter
 from .choice import plan_merge
 from .opening import Opening
 from .plan import MergePlan, PlannedParameter
@@ -99,14 +99,9 @@ def extract_lora(model: Any, base_model: Any, folder: Path, settings: Extraction
         for name, change in changes.items():
             for key, tensor in layout.tensors(name, change).items():
                 output.write(key, tensor)
-        for key, name in layout.unplanned:
-            output.write(key, plan.base.read(_base(plan, name)).to(layout.infos[key].dtype))
+        AdapterSink(plan, output.write).finish(report)
         seal_adapter(plan, output, report)
     return report
-
-
-def _base(plan: MergePlan, name: str) -> str:
-    return plan.base.by_canonical[plan.target.anatomy.canonical(name)]
 
 
 @torch.no_grad()
@@ -118,6 +113,10 @@ def _changes(plan: MergePlan, settings: Extraction, report: MergeReport) -> dict
         for parameter in plan.parameters:
             bar.update(parameter.info.nbytes)
             value = expert.read(parameter.experts[0])
+            if not torch.isfinite(value).all():
+                raise NonFiniteError(
+                    f"{expert} holds NaN or infinity in '{parameter.experts[0]}': no adapter can be taken from it."
+                )
             change = None if parameter.base is None else value.float() - plan.base.read(parameter.base).float()
             if change is not None and not change.any():
                 continue

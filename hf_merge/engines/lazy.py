@@ -16,7 +16,6 @@ from ..checkpoints.source import ModelSource
 from ..checkpoints.storage import TensorInfo
 from ..errors import MergeError
 from ..modeling.assembly import assemble, backbone_names
-from .placement import Placement
 from .plan import MergePlan
 from .sealing import head_tensors, result_config, result_dtype
 from .streaming import StreamingEngine
@@ -105,15 +104,14 @@ def under_head(merged: ModelSource, state: Mapping[str, LazyTensor], head: Model
     return {name: state[stored] for name, stored in names.items()}
 
 
-def lazy_merge(plan: MergePlan, placement: Placement, task: str | None = None) -> LazyModel:
+def lazy_merge(plan: MergePlan, engine: StreamingEngine, task: str | None = None) -> LazyModel:
     """The result of a merge without data.
 
     Args:
         plan ([`MergePlan`]): A checked plan of a [`TensorMethod`].
-        placement ([`Placement`]): Where to compute.
+        engine ([`StreamingEngine`]): The engine that was chosen for it.
         task (`str`, *optional*): The expert whose head is wanted; the first one's when not given.
     """
-    engine = StreamingEngine(plan, placement)
     engine.survey()
     errors: list[MergeError] = []
     state = {

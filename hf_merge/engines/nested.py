@@ -16,6 +16,7 @@ from ..checkpoints.storage import TensorInfo
 from ..errors import ConfigError
 from ..methods.base import TensorMethod
 from ..registry import get_merge_method
+from .adapters import AdapterEngine, all_adapters
 from .placement import Placement
 from .plan import MergePlan
 from .sealing import processor_source
@@ -90,7 +91,8 @@ class MergedSource(ModelSource):
 
     @cached_property
     def _engine(self) -> StreamingEngine:
-        engine = StreamingEngine(self.plan, Placement())
+        engine_cls = AdapterEngine if all_adapters(self.plan.experts) else StreamingEngine
+        engine = engine_cls(self.plan, Placement())
         engine.survey()
         return engine
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..adapters.source import AdapterSource, ConfigOnlySource, dequantized, live
 from ..checkpoints.source import ModelSource, open_source
 from ..config import MergeConfig
 from ..errors import CheckpointError, ConfigError, MergeError, PlanError
+from .adapters import factor_problems
 from .nested import MergedSource
 from .planning import build_plan
 from .slices import LayerSlice, SlicedSource
@@ -58,8 +59,17 @@ class Opening:
             )
         if not isinstance(recipe, MergeConfig):
             recipe = MergeConfig.from_dict(recipe, origin=f"The recipe of '{name}'")
-        experts, base = self.models(recipe.experts or {}, recipe.base_model, infer=False)
-        return MergedSource.of_plan(name, build_plan(recipe, experts, base).check())
+        if recipe.output != "model":
+            raise ConfigError(
+                f"'{name}': the result of a nested recipe is a model, so its 'output' cannot be {recipe.output!r}: leave it out."
+            )
+        opening = replace(
+            self, base_values=True
+        )  # its parameters are merged into values, whatever the outer result is
+        experts, base = opening.models(recipe.experts or {}, recipe.base_model, infer=False)
+        plan = build_plan(recipe, experts, base)
+        plan.problems += factor_problems(plan)
+        return MergedSource.of_plan(name, plan.check())
 
     def _sliced(self, name: str, slices: Any) -> ModelSource:
         pieces, opened = [], {}
@@ -116,6 +126,7 @@ class Opening:
         holder = next((adapter.live for adapter in adapters.values() if adapter.live is not None), None)
         if base_model is None and holder is not None:
             _refuse_trained_biases(adapters)
+            common_base(list(adapters.values()))
             base = live_base(holder, BASE_NAME)
             if base.quantization is not None and not values:
                 return ConfigOnlySource.of_live(base.live, BASE_NAME)

@@ -17,7 +17,15 @@ import numpy as np
 
 from ..checkpoints.processors import moved_tokens
 from ..checkpoints.source import ModelSource
-from ..checkpoints.tokenizers import Definition, ids_of, procedures_differ, read_definition, unite, write_tokenizer
+from ..checkpoints.tokenizers import (
+    Definition,
+    added_tokens,
+    ids_of,
+    procedures_differ,
+    read_definition,
+    unite,
+    write_tokenizer,
+)
 from ..config import MergeConfig
 from ..errors import ConfigError, MergeError, suggest
 from ..modeling.vocabulary import map_token_ids, offsets_by_padding, vocabulary_size, with_vocabulary_size
@@ -147,7 +155,7 @@ class _Alignment:
             members += [
                 index
                 for index, table in enumerate(self.tables)
-                if table and index != self.donor and not table.keys() <= self.tables[self.donor].keys()
+                if table and index != self.donor and self._extends_donor(index)
             ]
         if len(members) == 1 and not extra:
             return None
@@ -159,6 +167,13 @@ class _Alignment:
                     "the result has the first"
                 )
         return unite(definitions, extra)
+
+    def _extends_donor(self, index: int) -> bool:
+        """Whether a tokenizer has tokens that the donor's lacks, or matches some as they are that the donor's may cut."""
+        if not self.tables[index].keys() <= self.tables[self.donor].keys():
+            return True
+        ours, theirs = (added_tokens(self.sources[one].processor_folder) for one in (self.donor, index))
+        return bool(ours) and not theirs <= ours
 
     @cached_property
     def table(self) -> dict[str, int]:
@@ -303,8 +318,14 @@ class _Alignment:
         """Ids in a config follow their tokens; what a token that the result lacks was for is left to the donor's config."""
         if index == self.donor:
             return
-        tokens = {row: token for token, row in self._table_of(index).items()}
-        for key in map_token_ids(config, lambda old: self.table.get(tokens[old]) if old in tokens else old, fallback):
+        tokens, taken = {row: token for token, row in self._table_of(index).items()}, set(self.table.values())
+
+        def change(old: int) -> int | None:
+            if old in tokens:
+                return self.table.get(tokens[old])
+            return None if old in taken else old  # an id without a token must not become some token of the result
+
+        for key in map_token_ids(config, change, fallback):
             self.notes.append(
                 f"the token of '{key}' in the config of {self.sources[index]} is not in the result's tokenizer: it is that of "
                 f"{self.sources[self.donor]}"

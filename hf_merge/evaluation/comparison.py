@@ -21,10 +21,11 @@ from ..merger import Merger
 from ..registry import get_merge_method
 from .comparison_results import INDIVIDUAL, Comparison, ComparisonRow, ResultsFile
 from .evaluator import evaluate_experts, evaluate_merge
+from .fingerprints import fingerprint, folder_fingerprint
 from .memory import PeakMemory
 from .results import EvaluationResult
 from .subjects import MergerSubject
-from .tasks import EvaluationTask, fingerprint
+from .tasks import EvaluationTask
 
 
 logger = logging.getLogger(__name__)
@@ -160,6 +161,7 @@ class _Run:
             __version__,
             [source.fingerprint() for source in [*merger.experts, *([merger.base] if merger.base else [])]],
             [source.name for source in merger.experts],
+            [folder_fingerprint(source.processor_folder) for source in merger.experts],
             {name: fingerprint(task.rows(name), task) for name, task in self.tasks.items()},
             {name: fingerprint(rows, self.tasks[name]) for name, rows in self.merging.items()},
             {name: fingerprint(task.rows(name), task) for name, task in (self.tests or {}).items()},

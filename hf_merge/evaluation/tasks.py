@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,25 +230,3 @@ def _from_hub(name: str, where: str) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{where}: the dataset '{name}' cannot be loaded from the Hub: {reason}") from error
-
-
-def fingerprint(rows: Sequence[Any], task: EvaluationTask) -> str:
-    """Identifies rows and how they are measured."""
-    digest = hashlib.sha256(f"{task.measure.name} {task.columns} {task.max_length}".encode())
-    for row in rows:
-        digest.update(_stable(row))
-    return digest.hexdigest()
-
-
-def _stable(value: Any) -> bytes:
-    """A text of a row that is the same in every process."""
-    if isinstance(value, Mapping):
-        return (
-            b"{" + b",".join(str(key).encode() + b":" + _stable(value[key]) for key in sorted(value, key=str)) + b"}"
-        )
-    if isinstance(value, (list, tuple)):
-        return b"[" + b",".join(map(_stable, value)) + b"]"
-    if isinstance(value, (str, int, float, bool, type(None))):
-        return repr(value).encode()
-    array = np.asarray(value)
-    return f"{array.shape} {array.dtype}".encode() + array.tobytes()

@@ -325,6 +325,11 @@ class LinearMethod(TensorMethod):
     requires_base = True
     kinds = LINEAR_KINDS
 
+    @classmethod
+    def needs_factors(cls, settings: Any) -> bool:
+        """Whether the settings mean something only where every task vector is given as factors."""
+        return False
+
     def merge(self, group: TensorGroup) -> Tensor:
         transposed = group.kind in (ParameterKind.TRANSPOSED_LINEAR, ParameterKind.TRANSPOSED_EXPERT_LINEAR)
         if group.kind in (ParameterKind.LINEAR, ParameterKind.TRANSPOSED_LINEAR):

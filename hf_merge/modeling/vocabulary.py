@@ -16,6 +16,8 @@ from .shell import build_shell
 
 
 _TOKEN_IDS = re.compile(r"(_token_ids?|_token_index|_token_indices|suppress_tokens)$")
+_PHRASES = ("bad_words_ids", "force_words_ids", "forced_decoder_ids", "sequence_bias")
+"""Sequences of ids: one that has lost a token is left out as a whole."""
 
 
 def vocabulary_size(config: PretrainedConfig) -> int | None:
@@ -82,10 +84,10 @@ def map_token_ids(config: Any, change: Callable[[int], int | None], fallback: An
     lost = []
     for part, other in zip_longest(_parts(config), _parts(fallback)):
         for key, value in list(vars(part).items()) if part is not None else ():
-            if not _TOKEN_IDS.search(key) or value is None:
+            if value is None or not (key in _PHRASES or _TOKEN_IDS.search(key)):
                 continue
-            changed = _changed(value, change)
-            if changed is None or (changed == [] and value):
+            changed = _changed_phrases(key, value, change) if key in _PHRASES else _changed(value, change)
+            if changed is None or (not changed and isinstance(changed, (list, dict)) and value):
                 changed = getattr(other, key, None)
                 lost.append(key)
             setattr(part, key, changed)
@@ -98,6 +100,26 @@ def _parts(config: Any) -> Iterator[Any]:
         part = getattr(config, name, None)
         if isinstance(part, PretrainedConfig):
             yield from _parts(part)
+
+
+def _changed_phrases(key: str, value: Any, change: Callable[[int], int | None]) -> Any:
+    """The fields of a generation config that hold sequences of ids, in the forms that transformers takes."""
+    if key == "forced_decoder_ids":  # [[position, id], ...]
+        pairs = [(place, old if old is None else change(old), old) for place, old in value]
+        return [[place, new] for place, new, old in pairs if new is not None or old is None]
+    if key == "sequence_bias":  # {(id, ...): bias} or [[[id, ...], bias], ...]
+        pairs = value.items() if isinstance(value, dict) else value
+        kept = [(new, bias) for ids, bias in pairs if (new := _phrase(ids, change)) is not None]
+        return {tuple(ids): bias for ids, bias in kept} if isinstance(value, dict) else [[*pair] for pair in kept]
+    return [new for one in value if (new := _phrase(one, change))]
+
+
+def _phrase(value: Any, change: Callable[[int], int | None]) -> list[Any] | None:
+    """A sequence of ids without the ones that are gone: `None`; or alternatives, without those that have become `None`."""
+    if all(isinstance(one, (list, tuple)) for one in value):
+        return [new for one in value if (new := _phrase(one, change)) is not None]
+    changed = [change(one) for one in value]
+    return None if None in changed else changed
 
 
 def _changed(value: Any, change: Callable[[int], int | None]) -> Any:

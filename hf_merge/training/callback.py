@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +19,10 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from ..auto import AutoMergedModel
 from ..config import CONFIG_NAME, MergeConfig
+from ..data.calibration import CalibrationData
+from ..engines.choice import find_data_problems
 from ..engines.opening import name_experts
-from ..errors import ConfigError, MergeError
+from ..errors import ConfigError, MergeError, PlanError
 from ..hub import upload_folder
 from ..merger import Merger
 from ..registry import get_merge_method
@@ -31,6 +34,7 @@ logger = logging.getLogger(__name__)
 TRAINED, START, PREVIOUS = "trained", "start", "previous"
 EVENTS = ("train_end", "epoch_end", "save")
 PASTS = (START, PREVIOUS, "epoch_end", "save")
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass
@@ -114,6 +118,7 @@ class MergeCallback(TrainerCallback):
             raise ConfigError(
                 "base_model='trained' makes the model in training the base: what is it to be merged with?"
             )
+        refuse_adapter_output(config)
         self.config = config
         self.base_model = base_model
         self.merge_on = merge_on
@@ -156,12 +161,22 @@ class MergeCallback(TrainerCallback):
         self.results, self._snapshots, self._previous = [], {}, None
         is_start = isinstance(self.base_model, str) and self.base_model == START
         needs_start = is_start or self.own in (START, PREVIOUS)
+        if needs_start and state.global_step > 0:
+            used = f"own='{self.own}'" if self.own in (START, PREVIOUS) else "base_model='start'"
+            raise ConfigError(
+                f"{used} needs the weights from before the training, which goes on from step {state.global_step} here: train from "
+                "the beginning, or pass the model from before as base_model or as an expert."
+            )
         main = state.is_world_process_zero
+        if self.evaluate and self.trainer is None and main:
+            logger.warning(
+                "The merged models are not evaluated: call MergeCallback.attach(trainer), or set evaluate=False."
+            )
         self._start = weights_of(model, START) if needs_start and main else None
 
         def check() -> None:
             _check_free(self._folder(args, state))
-            self._merger(model, kwargs.get("processing_class"), has_snapshots=False).check()
+            self._check(self._merger(model, kwargs.get("processing_class"), has_snapshots=False))
 
         with undisturbed():
             on_main_process(check, main, "prepare the merge")
@@ -184,6 +199,14 @@ class MergeCallback(TrainerCallback):
             with undisturbed():
                 self._merge(args, state, model, processor)
 
+    def _check(self, merger: Merger) -> None:
+        data = None if self.data is None else CalibrationData.of(self.data)
+        problems = merger.problems()
+        if data is None or self.own not in EVENTS:  # the copies to come have names that are not known yet
+            problems += find_data_problems(merger.plan, data)
+        if problems:
+            raise PlanError(problems)
+
     # -- merging --------------------------------------------------------------------------------------------------
 
     def _merge(self, args: TrainingArguments, state: TrainerState, model: nn.Module, processor: Any) -> None:
@@ -192,17 +215,21 @@ class MergeCallback(TrainerCallback):
         def write() -> None:
             self._write(self._merger(model, processor), folder)
             self._prune(args, folder)
+            if self.own == PREVIOUS:
+                self._previous = weights_of(AutoMergedModel.from_pretrained(folder), PREVIOUS)
 
-        on_main_process(write, state.is_world_process_zero, f"write '{folder}'")
+        def upload() -> None:
+            upload_folder(folder, self.repo_id or f"{Path(args.output_dir).absolute().name}-merged")
+
+        main = state.is_world_process_zero
+        on_main_process(write, main, f"write '{folder}'")
         result = MergeResult(state.global_step, folder)
         self.results.append(result)
-        if self.own == PREVIOUS and state.is_world_process_zero:
-            self._previous = weights_of(AutoMergedModel.from_pretrained(folder), PREVIOUS)
         if self.trainer is not None and self.evaluate and self.trainer.eval_dataset is not None:
             result.metrics = evaluate_with(self.trainer, folder, self.metric_key_prefix)
             self.trainer.log(dict(result.metrics))
-        if self.push_to_hub and state.is_world_process_zero:
-            upload_folder(folder, self.repo_id or f"{Path(args.output_dir).absolute().name}-merged")
+        if self.push_to_hub:
+            on_main_process(upload, main, f"upload '{folder}'")
 
     def _merger(self, model: nn.Module, processor: Any, has_snapshots: bool = True) -> Merger:
         trained = plain_model(model)
@@ -252,6 +279,8 @@ class MergeCallback(TrainerCallback):
     def _write(self, merger: Merger, folder: Path) -> None:
         """Writes beside the folder first: what is there from an earlier run is replaced by something complete."""
         fresh = folder.with_name(folder.name + ".new")
+        for place in (folder, fresh):
+            _check_free(place)
         shutil.rmtree(fresh, ignore_errors=True)
         merger.save_pretrained(fresh, data=self.data)
         if folder.is_dir():
@@ -261,10 +290,13 @@ class MergeCallback(TrainerCallback):
     def _prune(self, args: TrainingArguments, latest: Path) -> None:
         if self.merge_on == "train_end" or args.save_total_limit is None:
             return
-        found = [path for path in latest.parent.glob("checkpoint-*") if _is_ours(path)]
-        found.sort(key=lambda path: int(path.name.rpartition("-")[2]))
-        for path in found[: -max(args.save_total_limit, 1)]:
-            shutil.rmtree(path)
+        steps = {
+            int(match[1]): path
+            for path in latest.parent.glob("checkpoint-*")
+            if (match := _CHECKPOINT.fullmatch(path.name)) and _is_ours(path)
+        }
+        for step in sorted(steps)[: -max(args.save_total_limit, 1)]:
+            shutil.rmtree(steps[step])
 
 
 def evaluate_with(trainer: Trainer, folder: Path, prefix: str) -> dict[str, float]:
@@ -297,18 +329,27 @@ def on_main_process(work: Callable[[], None], is_main: bool, what: str) -> None:
         is_main (`bool`): Whether this is the main process.
         what (`str`): What it does, for the message.
     """
-    error: Exception | None = None
-    if is_main:
-        try:
+    failure = None
+    try:
+        if is_main:
             work()
-        except (MergeError, OSError) as caught:
-            error = caught
-    if PartialState().num_processes > 1:
-        message = broadcast_object_list([None if error is None else str(error)])[0]
-        if error is None and message is not None:
-            raise MergeError(f"The main process could not {what}: {message}")
-    if error is not None:
-        raise error
+    except BaseException as error:  # whatever it is, the others must not wait for ever
+        failure = str(error) or type(error).__name__
+        raise
+    finally:
+        if PartialState().num_processes > 1:
+            failure = broadcast_object_list([failure])[0]
+    if failure is not None:
+        raise MergeError(f"The main process could not {what}: {failure}")
+
+
+def refuse_adapter_output(config: MergeConfig | None) -> None:
+    """Raises for a recipe whose result is an adapter, where a model is wanted."""
+    if config is not None and config.output == "adapter":
+        raise ConfigError(
+            "output='adapter' is not possible here, the result is a model: leave it out, or merge saved adapters with "
+            "Merger.from_pretrained(...).save_pretrained(folder)."
+        )
 
 
 def _check_free(folder: Path) -> None:
@@ -317,7 +358,7 @@ def _check_free(folder: Path) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    return (folder / CONFIG_NAME).is_file() or any(folder.glob(f"checkpoint-*/{CONFIG_NAME}"))
+    return (folder / CONFIG_NAME).is_file()
 
 
 def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:

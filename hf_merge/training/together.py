@@ -17,7 +17,7 @@ from ..engines.opening import name_experts
 from ..errors import ConfigError
 from ..merger import Merger, default_config
 from ..registry import get_merge_method
-from .callback import origin_of
+from .callback import origin_of, refuse_adapter_output
 from .snapshots import SavedProcessor, plain_model
 
 
@@ -51,13 +51,33 @@ def merge_trainers(
         [`Merger`]: After the merge, with `model`, `model_for(task)` and `report`.
 
     Raises:
-        ConfigError: There are no trainers, or their data cannot be indexed.
+        ConfigError: There are no trainers, their data cannot be indexed, or the recipe's result is an adapter.
         PlanError: The models cannot be merged.
     """
     named: dict[str, Trainer] = name_experts(trainers)
-    for trainer in named.values():
-        if train and trainer.state.global_step == 0:
-            trainer.train()
+    refuse_adapter_output(config)
+    untrained = [trainer for trainer in named.values() if train and trainer.state.global_step == 0]
+    if untrained:
+        _open(named, config, base_model, merger_kwargs).check()
+    for trainer in untrained:
+        trainer.train()
+    merger = _open(named, config, base_model, merger_kwargs)
+    data = None
+    if get_merge_method(merger.config.merge_type).method_cls.needs_data(merger.config):
+        rows = {name: few_shot_rows(name, trainer, num_samples, seed) for name, trainer in named.items()}
+        data = CalibrationData(rows)
+    merger.merge(data)
+    if output_dir is not None:
+        if PartialState().is_main_process:
+            merger.save_pretrained(output_dir)
+        PartialState().wait_for_everyone()
+    return merger
+
+
+def _open(
+    named: Mapping[str, Trainer], config: MergeConfig | None, base_model: Any, merger_kwargs: Mapping[str, Any]
+) -> Merger:
+    """The trainers' models as they are now."""
     models = {name: plain_model(trainer.model, name) for name, trainer in named.items()}
     if base_model is None and (config is None or config.base_model is None):
         origins = {origin_of(model) for model in models.values()}
@@ -67,15 +87,6 @@ def merge_trainers(
     for source in merger.experts:
         saved = SavedProcessor(getattr(named[source.name], "processing_class", None))
         source.processors, source.keep = saved.folder, saved
-    data = None
-    if get_merge_method(config.merge_type).method_cls.needs_data(config):
-        rows = {name: few_shot_rows(name, trainer, num_samples, seed) for name, trainer in named.items()}
-        data = CalibrationData(rows)
-    merger.merge(data)
-    if output_dir is not None:
-        if PartialState().is_main_process:
-            merger.save_pretrained(output_dir)
-        PartialState().wait_for_everyone()
     return merger
 
 

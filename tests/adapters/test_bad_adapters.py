@@ -8,13 +8,18 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 
-from hf_merge import CatConfig, MergeError, Merger, UnsupportedModelError
+from hf_merge import CatConfig, MergeError, Merger, PlanError, UnsupportedModelError
+from hf_merge.adapters.opening import _is_adapter_repository
 from hf_merge.adapters.source import ConfigOnlySource, dequantized
+from hf_merge.errors import NonFiniteError
+from tests.vocabularies import ENGLISH, GERMAN, save_llama, train_bpe
 
 from .helpers import KINDS, AdapterBed, make_adapters, save_adapter
 
@@ -137,6 +142,27 @@ def test_prompts_are_refused_by_name(config_cls: type, bed: AdapterBed, tmp_path
     refused(bed, "'p'", "changes no weights")
 
 
+def test_the_cache_is_asked_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def unreachable(*args, **kwargs):
+        asked.append(args)
+        raise HTTPError("no network")
+
+    asked, cache = [], tmp_path / "cache"
+    monkeypatch.setattr(huggingface_hub, "file_exists", unreachable)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert not _is_adapter_repository("me/model", {"cache_dir": cache})
+    assert len(asked) == 1
+    assert not _is_adapter_repository("me/model", {"cache_dir": cache, "local_files_only": True})
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert not _is_adapter_repository("me/model", {"cache_dir": cache})
+    repository = cache / "models--me--model"
+    for path, text in (("refs/main", "c0ffee"), ("snapshots/c0ffee/adapter_config.json", "{}")):
+        (repository / path).parent.mkdir(parents=True)
+        (repository / path).write_text(text)
+    assert _is_adapter_repository("me/model", {"cache_dir": cache})
+    assert len(asked) == 1
+
+
 def test_every_spoilt_adapter_is_reported(bed: AdapterBed):
     for name in "ab":
         edit_config(bed.adapters[name], init_lora_weights="pissa")
@@ -206,3 +232,37 @@ def test_a_quantised_model_in_memory_is_not_changed(bed: AdapterBed):
     merger.base.config.quantization_config = QUANTISATION
     with pytest.raises(UnsupportedModelError, match="in memory"):
         dequantized(merger.base)
+
+
+def test_an_adapter_is_no_base_model(bed: AdapterBed):
+    with pytest.raises(UnsupportedModelError, match="pass it as an expert"):
+        Merger.from_pretrained([bed.base], CatConfig(), base_model=bed.adapters["a"])
+
+
+def test_different_folders_of_one_name(bed: AdapterBed, tmp_path: Path):
+    other = tmp_path / "other" / "base"
+    shutil.copytree(bed.base, other)
+    edit_config(bed.adapters["b"], base_model_name_or_path=str(other))
+    refused(bed, "different base models", f"'b' on '{other}'")
+    (tmp_path / "linked").symlink_to(bed.base.parent)
+    edit_config(bed.adapters["b"], base_model_name_or_path=str(tmp_path / "linked" / "base"))
+    assert not Merger.from_pretrained(bed.adapters, CatConfig()).check().notes
+    edit_config(bed.adapters["b"], base_model_name_or_path="someone/base")
+    assert any("'someone/base'" in note for note in Merger.from_pretrained(bed.adapters, CatConfig()).check().notes)
+
+
+def test_what_half_precision_cannot_hold(bed: AdapterBed):
+    edit_tensors(bed.adapters["b"], lambda tensors: {key: value * 1e6 for key, value in tensors.items()})
+    out = bed.base.parent / "out"
+    config = CatConfig(output="adapter", dtype="float16")
+    with pytest.raises(NonFiniteError, match="_proj.weight' has NaN or infinity as float16.*float32"):
+        Merger.from_pretrained(bed.adapters, config).save_pretrained(out)
+    assert not out.exists()
+
+
+def test_another_vocabulary_of_a_model(tmp_path: Path):
+    for seed, (name, texts) in enumerate({"base": ENGLISH, "a": GERMAN}.items()):
+        save_llama(tmp_path / name, train_bpe(texts, ["</s>"]), seed)
+    config = CatConfig(output="adapter", adapter_rank=2, tokenizer="union")
+    with pytest.raises(PlanError, match="vocabularies of the models differ.*output='model'"):
+        Merger.from_pretrained({"a": tmp_path / "a"}, config, base_model=tmp_path / "base").check()

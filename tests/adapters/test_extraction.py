@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hf_merge import ConfigError, MergeError
 from hf_merge.engines.extraction import Extraction, extract_lora
+from hf_merge.errors import NonFiniteError
 from tests.testing_utils import run_cli
 from tests.zoo import ZOO, perturbed, save_zoo_model
 
@@ -33,6 +35,8 @@ def bed_of(family: str, folder: Path) -> tuple[AdapterBed, torch.nn.Module]:
 def test_full_energy_gives_the_fine_tune_back(family: str, tmp_path: Path):
     bed, tuned = bed_of(family, tmp_path)
     report = extract_lora(tmp_path / "tuned", bed.base, tmp_path / "out", Extraction(energy=1.0))
+    named = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(named) == Path(bed.base)
     logits = bed.logits(bed.attached(tmp_path / "out"))
     assert torch.allclose(logits, bed.logits(tuned), atol=2e-4), (logits - bed.logits(tuned)).abs().max()
     assert all(row["discarded_energy"] < 1e-9 for row in report.parameters.values())
@@ -93,3 +97,27 @@ def test_command_line(tmp_path: Path, capsys):
     assert "model.layers.0.mlp.up_proj.weight: rank 3, keeps" in shown
     assert run_cli(command) == 2
     assert "rank=16" in capsys.readouterr().err
+
+
+def test_an_unchanged_bias_stays(tmp_path: Path):
+    """The second factor's bias is the change of the module's, not its value."""
+    bed = make_adapters(KINDS["lora_bias"], tmp_path / "bed", 1)
+    path = bed.adapters["a"] / "adapter_model.safetensors"
+    tensors = load_file(path)
+    spared = next(key for key in tensors if key.endswith("lora_B.bias"))
+    perturbed(bed.load(), 7).save_pretrained(bed.base)  # with biases that are not zero
+    save_file(tensors | {spared: torch.zeros_like(tensors[spared])}, path)
+    extract_lora(bed.adapters["a"], bed.base, tmp_path / "out", Extraction(energy=1.0))
+    assert not load_file(tmp_path / "out" / "adapter_model.safetensors")[spared].any()
+    expected = bed.logits(bed.attached(bed.adapters["a"]))
+    assert torch.allclose(bed.logits(bed.attached(tmp_path / "out")), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("leaf", ["layernorm.weight", "q_proj.weight"])
+def test_nan_is_refused_by_name(leaf: str, tmp_path: Path):
+    bed, tuned = bed_of("llama", tmp_path)
+    name = next(name for name, _ in tuned.named_parameters() if name.endswith(leaf))
+    tuned.get_parameter(name).data.view(-1)[0] = float("nan")
+    with pytest.raises(NonFiniteError, match=name):
+        extract_lora(tuned, bed.base, tmp_path / "out", Extraction(rank=2))
+    assert not (tmp_path / "out").exists()

@@ -17,11 +17,13 @@ from hf_merge import (
     MergeConfig,
     MergeError,
     Merger,
+    PlanError,
     RegMeanConfig,
     TiesConfig,
     UnsupportedModelError,
     WudiConfig,
 )
+from hf_merge import peft as peft_module
 from hf_merge.peft import add_merged_adapter
 from tests.zoo import ZOO, perturbed, save_zoo_model
 
@@ -221,3 +223,45 @@ def test_a_rank_pattern_is_loaded_again(tmp_path: Path):
     Merger.from_pretrained(again, CatConfig(output="adapter", weights=[1.0, -1.0])).save_pretrained(tmp_path / "twice")
     expected = bed.logits(bed.oracle([1.0, 0.0]))
     assert torch.allclose(bed.logits(bed.attached(tmp_path / "twice")), expected, atol=1e-5)
+
+
+# -- what does not fit ----------------------------------------------------------------------------------------------------------
+
+
+def test_live_adapters_of_different_bases(bed: AdapterBed):
+    model = live(bed)
+    model.peft_config["b"].base_model_name_or_path = "someone/another-model"
+    experts = {name: {"model": model, "adapter": name} for name in "ab"}
+    with pytest.raises(ConfigError, match="different base models"):
+        Merger.from_pretrained(experts, CatConfig())
+
+
+@pytest.mark.parametrize("spoilt", ["error", "missing"])
+def test_a_half_added_adapter_is_removed(spoilt: str, bed: AdapterBed, monkeypatch):
+    load = peft_module.set_peft_model_state_dict
+
+    def spoil(model, tensors, adapter_name):
+        if spoilt == "error":
+            raise RuntimeError("spoilt")
+        return load(model, dict(list(tensors.items())[1:]), adapter_name=adapter_name)
+
+    monkeypatch.setattr(peft_module, "set_peft_model_state_dict", spoil)
+    model = live(bed)
+    before = snapshot(model)
+    with pytest.raises((RuntimeError, PlanError), match="spoilt|lacks"):
+        add_merged_adapter(model, ["a", "b"], CatConfig(), "m")
+    assert list(model.peft_config) == ["a", "b", "c"]
+    assert set(model.state_dict()) == set(before)
+    assert_unchanged(model, before)
+
+
+def test_a_nested_recipe_of_adapters(bed: AdapterBed, tmp_path: Path):
+    recipe = {"merge_type": "cat", "experts": {name: str(bed.adapters[name]) for name in "ab"}}
+    config = CatConfig(output="adapter", adapter_rank=64)
+    experts = {"x": {"merge": recipe}, "c": bed.adapters["c"]}
+    Merger.from_pretrained(experts, config, base_model=bed.base).save_pretrained(tmp_path / "out")
+    expected = bed.logits(bed.oracle([1.0, 1.0, 1.0]))
+    assert torch.allclose(bed.logits(bed.attached(tmp_path / "out")), expected, atol=1e-4)
+    recipe["output"] = "adapter"
+    with pytest.raises(ConfigError, match="nested recipe"):
+        Merger.from_pretrained(experts, config, base_model=bed.base)

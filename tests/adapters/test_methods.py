@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from hf_merge import MergeConfig, Merger, PlanError
+from hf_merge import AutoMergedModel, CatConfig, MergeConfig, Merger, PlanError
 from hf_merge.adapters.source import ConfigOnlySource
 from hf_merge.methods.base import TensorMethod
 from hf_merge.registry import available_merge_methods
 
-from .helpers import KINDS, AdapterBed, make_adapters
+from .helpers import KINDS, AdapterBed, make_adapters, save_adapter
 
 
 EXACT = {
@@ -51,8 +52,8 @@ DENSE = sorted(
 def bed(tmp_path_factory) -> AdapterBed:
     """Adapters of different ranks and targets, an embedding among them."""
     bed = make_adapters(KINDS["lora"], tmp_path_factory.mktemp("adapters"), 2)
-    third = make_adapters(KINDS["embedding"], tmp_path_factory.mktemp("embedding"), 1)
-    bed.adapters["c"] = third.adapters["a"]
+    folder = tmp_path_factory.mktemp("embedding") / "a"
+    bed.adapters["c"] = save_adapter(bed, KINDS["embedding"].config(0), folder, seed=1)
     return bed
 
 
@@ -137,6 +138,15 @@ def test_svd_takes_the_largest_rank(bed: AdapterBed, tmp_path: Path):
     assert set(merger.plan.adapter.planned.ranks.values()) == {3}
 
 
+def test_svd_without_a_rank_needs_factors(bed: AdapterBed, tmp_path: Path):
+    dense = save_adapter(bed, KINDS["dora"].config(0), tmp_path / "dense", seed=5)
+    for other in (dense, bed.base):
+        experts = {"a": bed.adapters["a"], "other": other}
+        with pytest.raises(PlanError, match="'svd' has no rank to take.*set rank="):
+            Merger.from_pretrained(experts, MergeConfig.from_merge_type("svd"), base_model=bed.base).check()
+        Merger.from_pretrained(experts, MergeConfig.from_merge_type("svd", rank=2), base_model=bed.base).check()
+
+
 def test_auto_classes_load_the_result(bed: AdapterBed, tmp_path: Path):
     config = MergeConfig.from_merge_type("wudi", output="adapter", dtype="bfloat16")
     experts = {name: bed.adapters[name] for name in "ab"}
@@ -187,3 +197,24 @@ def test_weights_of_linear_that_scale_the_base_are_no_adapter(bed: AdapterBed):
     experts = {name: bed.adapters[name] for name in "ab"}
     with pytest.raises(PlanError, match="cat"):
         Merger.from_pretrained(experts, config).check()
+
+
+def test_auto_classes_merge_by_factors_too(bed: AdapterBed, tmp_path: Path):
+    """`svd` keeps the largest rank of the adapters' factors, which dense changes do not have."""
+    experts = {name: str(bed.adapters[name]) for name in "ab"}
+    config = MergeConfig.from_merge_type("svd", experts=experts)
+    config.save_pretrained(tmp_path / "recipe")
+    lazy = AutoMergedModel.from_pretrained(tmp_path / "recipe").state_dict()
+    Merger.from_pretrained(config=config).save_pretrained(tmp_path / "out")
+    saved = bed.model_class.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(lazy[name], value) for name, value in saved.items())
+
+
+def test_the_dtype_does_not_depend_on_the_order(bed: AdapterBed, tmp_path: Path):
+    shutil.copytree(bed.adapters["a"], tmp_path / "half")
+    path = tmp_path / "half" / "adapter_model.safetensors"
+    save_file({key: value.half() for key, value in load_file(path).items()}, path)
+    experts = {"half": tmp_path / "half", "b": bed.adapters["b"]}
+    for names in (["half", "b"], ["b", "half"]):
+        plan = Merger.from_pretrained({name: experts[name] for name in names}, CatConfig(output="adapter")).check()
+        assert {info.dtype for info in plan.adapter.infos.values()} == {torch.float32}

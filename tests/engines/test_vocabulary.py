@@ -27,6 +27,8 @@ from hf_merge import (
     RegMeanConfig,
     TaskArithmeticConfig,
 )
+from hf_merge.checkpoints.tokenizers import ids_of, read_definition, unite
+from hf_merge.modeling.vocabulary import map_token_ids
 
 from ..testing_utils import load_clean
 from ..vocabularies import (
@@ -306,6 +308,50 @@ def test_ids_in_configs_follow_their_tokens(llamas, tmp_path):
     assert model.config.eos_token_id == eos
     assert model.generation_config.eos_token_id == [eos]  # '<de>' is no token of the base
     assert model.generation_config.pad_token_id == eos
+
+
+def test_sequences_of_ids_follow_their_tokens():
+    config = GenerationConfig(
+        bad_words_ids=[[1, 2], [3]],
+        force_words_ids=[[1], [[2], [3]]],
+        forced_decoder_ids=[[1, 2], [2, None], [3, 3]],
+        sequence_bias=[[[1, 2], 0.5], [[3], 2.0]],
+    )
+    assert map_token_ids(config, {1: 11, 2: 12}.get, None) == []
+    assert config.bad_words_ids == [[11, 12]]
+    assert config.force_words_ids == [[11], [[12]]]
+    assert config.forced_decoder_ids == [[1, 12], [2, None]]
+    assert config.sequence_bias == [[[11, 12], 0.5]]
+    config = GenerationConfig(sequence_bias={(1, 2): 0.5, (3,): 2.0}, bad_words_ids=[[3]])
+    assert map_token_ids(config, {1: 11, 2: 12}.get, None) == ["bad_words_ids"]
+    assert config.sequence_bias == {(11, 12): 0.5}
+    assert config.bad_words_ids is None
+
+
+def test_an_id_without_a_token_becomes_no_other_token(llamas, tmp_path):
+    moved, rows = tmp_path / "moved", 80
+    tokenizer = train_bpe(GERMAN, ["<eos>"], 40)
+    save_llama(moved, tokenizer, 2, rows=rows)
+    nameless = len(tokenizer) + 1
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(config | {"bos_token_id": nameless}))
+    assert nameless in AutoTokenizer.from_pretrained(llamas["base"]).get_vocab().values()
+    out = merge({"moved": moved, "base": llamas["base"]}, LinearConfig(tokenizer="base"), tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(out).config.bos_token_id is None
+
+
+def test_a_word_that_is_an_added_token_elsewhere(tmp_path):
+    words, other = word_piece(["[unused1]", "film"]), word_piece(["film", "[unused1]"])
+    other.add_tokens(["[unused1]"], special_tokens=True)
+    for seed, (name, tokenizer) in enumerate({"a": words, "b": other}.items()):
+        save_bert(tmp_path / name, tokenizer, seed)
+    models = {name: tmp_path / name for name in "ab"}
+    definitions = [read_definition(path) for path in models.values()]
+    united = unite(definitions)
+    assert ids_of(united) == words.get_vocab()
+    assert {"[unused1]": 5}.items() <= {one["content"]: one["id"] for one in united["added_tokens"]}.items()
+    out = merge(models, LinearConfig(tokenizer="union"), tmp_path / "out", base=None)
+    assert AutoTokenizer.from_pretrained(out).tokenize("film [unused1]") == ["film", "[unused1]"]
 
 
 def test_a_model_without_a_tokenizer_has_that_of_the_others(llamas, tmp_path):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hf_merge import ConfigError, LinearConfig, RegMeanConfig, TiesConfig
 from hf_merge.evaluation import EvaluationTask, compare_merges, evaluate_merge, grid
 from hf_merge.evaluation import comparison as comparison_module
 from hf_merge.evaluation.comparison_results import Comparison, ComparisonRow
+from hf_merge.evaluation.fingerprints import fingerprint
 from hf_merge.evaluation.memory import PeakMemory
 
+from ..vocabularies import word_piece
 from .helpers import Place, rows, tasks
 
 
@@ -57,6 +61,34 @@ def test_finished_rows_are_not_measured_again(place: Place, tmp_path: Path, monk
     assert len(more.rows) == 4
     compare(place, num_samples=6, results=results)  # other rows to choose by: everything is new
     assert len(merges) == 1 + len(CONFIGS)
+
+
+def always(value: float):
+    return lambda predictions, references: value
+
+
+def test_what_measures_is_identified_by_content(tmp_path: Path):
+    rows_, module = [{"text": "a"}], tmp_path / "score.py"
+
+    def of(metric="accuracy", rows=rows_, **options) -> str:
+        task = EvaluationTask(rows)
+        task.metric = metric
+        return fingerprint(rows, replace(task, metric="accuracy", **options) if options else task)
+
+    assert of(always(1.0)) == of(always(1.0)) != of(always(2.0))
+    assert of(predict=always(1.0)) == of(predict=always(1.0)) != of()
+    assert of(max) != of(max)  # no source: never taken over
+    written = []
+    for text in ("a", "b", "a"):
+        module.write_text(text)
+        written.append(of(str(module)))
+    assert written[0] == written[2] != written[1]
+    tokenizers = [word_piece(words) for words in (["a", "b"], ["b", "a"], ["a", "b"])]
+    tokenizers[2](["a", "a b"], padding=True)  # what a call leaves behind is no difference
+    first, other, again = (of(processor=tokenizer) for tokenizer in tokenizers)
+    assert first == again != other
+    ragged = [[{"x": np.array([text, None], dtype=object)}] for text in ("long text", "long" + " text", "other")]
+    assert of(rows=ragged[0]) == of(rows=ragged[1]) != of(rows=ragged[2])
 
 
 def test_a_line_that_was_cut_off_is_measured_again(place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture):

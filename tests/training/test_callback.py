@@ -7,6 +7,7 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,17 +17,21 @@ from torch import Tensor
 from transformers import BertForSequenceClassification, BertTokenizer, Trainer, TrainerControl, TrainerState
 
 from hf_merge import (
+    CatConfig,
     ConfigError,
     DareConfig,
     LinearConfig,
     MergeCallback,
+    MergeError,
     ModelStockConfig,
     PlanError,
+    RegMeanConfig,
     SlerpConfig,
     TaskArithmeticConfig,
     TiesConfig,
     WiseFtConfig,
 )
+from hf_merge.training import callback as callback_module
 
 from ..testing_utils import load_clean, run_process
 from .trainers import make_trainer, save_base, state_of
@@ -369,6 +374,52 @@ def test_a_folder_of_something_else_is_not_replaced(base, other, tmp_path):
         trainer.train()
 
 
+def test_a_checkpoint_of_something_else_is_not_replaced(base, other, tmp_path):
+    callback = MergeCallback(LinearConfig(), experts=[other], merge_on="epoch_end")
+    foreign = tmp_path / "run" / "merged" / "checkpoint-3" / "checkpoint-1"
+    foreign.mkdir(parents=True)
+    (foreign / "merge_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="not written by a merge"):
+        make_trainer(base, tmp_path / "run", callbacks=[callback]).train()
+    assert foreign.is_dir()
+
+
+def test_leftovers_are_not_pruned(base, other, tmp_path):
+    left = tmp_path / "run" / "merged" / "checkpoint-7.new"
+    left.mkdir(parents=True)
+    (left / "merge_config.json").write_text("{}")
+    callback = MergeCallback(LinearConfig(), experts=[other], merge_on="epoch_end")
+    make_trainer(base, tmp_path / "run", callbacks=[callback], save_total_limit=1).train()
+    found = sorted(path.name for path in left.parent.iterdir())
+    assert found == ["checkpoint-6", "checkpoint-7.new"]
+
+
+@pytest.mark.parametrize("options", [{"own": "start"}, {"own": "previous"}, {"base_model": "start"}], ids=str)
+def test_a_resumed_training_has_no_start(base, tmp_path, options):
+    make_trainer(base, tmp_path / "run", save_strategy="epoch").train()
+    again = make_trainer(base, tmp_path / "run", callbacks=[MergeCallback(LinearConfig(), **options)])
+    with pytest.raises(ConfigError, match="before the training, which goes on from step 3"):
+        again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+
+
+def test_missing_data_are_found_before_training(base, other, tmp_path):
+    trainer = make_trainer(base, tmp_path / "run", callbacks=[MergeCallback(RegMeanConfig(), experts=[other])])
+    with pytest.raises(PlanError, match="regmean"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_an_adapter_is_no_result(other):
+    with pytest.raises(ConfigError, match="output='adapter'"):
+        MergeCallback(CatConfig(output="adapter"), experts=[other])
+
+
+def test_an_evaluation_that_cannot_be_is_told(base, other, tmp_path, caplog):
+    trainer = make_trainer(base, tmp_path / "run", callbacks=[MergeCallback(LinearConfig(), experts=[other])])
+    trainer.train()
+    assert "attach" in caplog.text
+
+
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
@@ -380,6 +431,22 @@ def test_other_processes_write_nothing(base, other, tmp_path):
         getattr(callback, event)(trainer.args, state, control, model=trainer.model)
     assert not (tmp_path / "run" / "merged").exists()
     assert not callback._snapshots
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
+def test_whatever_stops_the_main_process_reaches_the_others(monkeypatch, error):
+    sent = []
+
+    def work() -> None:
+        raise error
+
+    monkeypatch.setattr(callback_module, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(callback_module, "broadcast_object_list", lambda what: sent.extend(what) or list(sent))
+    with pytest.raises(type(error)):
+        callback_module.on_main_process(work, True, "merge")
+    assert sent[0] == (str(error) or "KeyboardInterrupt")
+    with pytest.raises(MergeError, match="could not merge"):
+        callback_module.on_main_process(work, False, "merge")
 
 
 SCRIPT = """

@@ -10,6 +10,7 @@ from transformers import BertForSequenceClassification
 
 from hf_merge import (
     AutoMergedModel,
+    CatConfig,
     ConfigError,
     LinearConfig,
     RegMeanConfig,
@@ -67,6 +68,15 @@ def test_samples_come_from_the_trainers(base, tmp_path):
     again = merge_trainers(trainers, RegMeanConfig(), num_samples=8)
     for name, tensor in merger.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], tensor), name
+
+
+def test_recipes_are_checked_before_training(base, tmp_path):
+    trainers = two_trainers(base, tmp_path)
+    with pytest.raises(ConfigError, match="output='adapter'"):
+        merge_trainers(trainers, CatConfig(output="adapter"))
+    with pytest.raises(ConfigError, match="float99"):
+        merge_trainers(trainers, LinearConfig(), dtype="float99")
+    assert all(trainer.state.global_step == 0 for trainer in trainers.values())
 
 
 def test_trainers_in_a_list_get_names(base, tmp_path):

@@ -28,8 +28,8 @@ class SvdConfig(LinearLayersConfig):
 
     Args:
         weights (`float`): The weight w_i of each expert.
-        rank (`int`, *optional*): The rank. When not given: the largest rank of the experts' adapters; with full models the sum
-            keeps its rank.
+        rank (`int`, *optional*): The rank. When not given: the largest rank of the experts' adapters. Full models, and adapters
+            that are not factors, need it.
     """
 
     merge_type: ClassVar[str] = "svd"

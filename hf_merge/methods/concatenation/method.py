@@ -39,6 +39,10 @@ class Svd(LinearMethod):
 
     changes_only = True
 
+    @classmethod
+    def needs_factors(cls, settings: SvdConfig) -> bool:
+        return settings.rank is None
+
     def merge_matrix(self, task_matrices: TaskMatrices, group: TensorGroup) -> Tensor:
         total = torch.zeros_like(task_matrices.base, dtype=solve_dtype(task_matrices.base))
         for weight, matrix in zip(group.settings.weights, task_matrices, strict=True):
