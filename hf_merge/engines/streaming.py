@@ -54,12 +54,12 @@ class MergeReport:
         - **dropped** (`list[dict]`), **notes** (`list[str]`) -- As planned.
     """
 
-    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    parameters: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
-    blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    blocks: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     heads: dict[str, dict[str, Any]] = field(default_factory=dict)
-    dropped: list[dict[str, str]] = field(default_factory=list)
+    dropped: list[dict[str, str]] = field(default_factory=list, repr=False)
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:

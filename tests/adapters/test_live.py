@@ -18,6 +18,7 @@ from hf_merge import (
     MergeError,
     Merger,
     PlanError,
+    ProDistillConfig,
     RegMeanConfig,
     TiesConfig,
     UnsupportedModelError,
@@ -265,3 +266,13 @@ def test_a_nested_recipe_of_adapters(bed: AdapterBed, tmp_path: Path):
     recipe["output"] = "adapter"
     with pytest.raises(ConfigError, match="nested recipe"):
         Merger.from_pretrained(experts, config, base_model=bed.base)
+
+
+def test_blocks_are_distilled_from_adapters(tmp_path: Path):
+    bed = make_adapters(KINDS["lora"], tmp_path / "bed", 2)
+    generator = torch.Generator().manual_seed(0)
+    data = {task: {"input_ids": torch.randint(5, 60, (6, 7), generator=generator)} for task in bed.adapters}
+    merger = Merger.from_pretrained(bed.adapters, ProDistillConfig(epochs=3))
+    merger.merge(data)
+    assert merger.report.blocks
+    assert all(block["last_loss"] < block["first_loss"] for block in merger.report.blocks.values())
