@@ -14,7 +14,7 @@ from .config import CONFIG_NAME, MergeConfig
 from .engines.lazy import LazyModel, lazy_source, under_head
 from .engines.sealing import HEADS_FOLDER
 from .errors import CheckpointError, ConfigError, suggest
-from .hub import HubMixin, fetch_folder
+from .hub import ADAPTER_CONFIG_NAME, HubMixin, fetch_folder
 from .merger import Merger
 from .modeling.shell import model_class_of
 
@@ -72,6 +72,11 @@ class AutoMergedModel:
         if isinstance(pretrained_model_name_or_path, MergeConfig):
             return cls._merge(pretrained_model_name_or_path, task, trust_remote_code, hub_kwargs, kwargs)
         folder, _ = fetch_folder(pretrained_model_name_or_path, **hub_kwargs)
+        if (folder / ADAPTER_CONFIG_NAME).is_file():
+            raise ConfigError(
+                f"'{folder}' holds a PEFT adapter: load it with peft.AutoPeftModel... or PeftModel.from_pretrained(base, folder), a "
+                f"task's with the folder {HEADS_FOLDER}/<task> in it."
+            )
         if not (folder / "config.json").is_file() and (folder / CONFIG_NAME).is_file():
             recipe = MergeConfig.from_pretrained(folder)
             # A revision or a folder inside of a repository is the recipe's, not its experts'.

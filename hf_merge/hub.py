@@ -13,6 +13,7 @@ from .errors import CheckpointError, ConfigError, OutputError, suggest
 
 HEADS_FOLDER = "heads"
 CONFIG_NAME = "merge_config.json"
+ADAPTER_CONFIG_NAME = "adapter_config.json"  # PEFT's
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 _OTHER_FILES = [
     "*.json",

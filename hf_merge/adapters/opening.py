@@ -21,11 +21,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..checkpoints.source import ModelReference
 from ..checkpoints.storage import SafetensorsStorage, StateDictStorage, Storage, TorchStorage
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError, suggest
-from ..hub import fetch_folder
+from ..hub import ADAPTER_CONFIG_NAME, fetch_folder
 from .attaching import adapter_tensors, nonlinear_part, refusal
 
 
-CONFIG_NAME = "adapter_config.json"
 SAFE_WEIGHTS, TORCH_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 _TASK_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -146,7 +145,7 @@ def _from_folder(name: str, reference: ModelReference, hub_kwargs: Mapping[str, 
     ):
         return None
     folder, commit = fetch_folder(reference.model, **kwargs)
-    if not (folder / CONFIG_NAME).is_file():
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
         return None
     where = f"'{name}' ({reference.model})"
     config, notes = _read_config(folder, where)
@@ -160,7 +159,7 @@ def _is_adapter_repository(repository: str, kwargs: Mapping[str, Any]) -> bool:
     from huggingface_hub import constants, file_exists, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, HTTPError
 
-    filename = "/".join(part for part in (kwargs.get("subfolder"), CONFIG_NAME) if part)
+    filename = "/".join(part for part in (kwargs.get("subfolder"), ADAPTER_CONFIG_NAME) if part)
     revision = kwargs.get("revision")
     try:
         cached = try_to_load_from_cache(repository, filename, cache_dir=kwargs.get("cache_dir"), revision=revision)
@@ -175,12 +174,12 @@ def _is_adapter_repository(repository: str, kwargs: Mapping[str, Any]) -> bool:
 
 def _read_config(folder: Path, where: str) -> tuple[PeftConfig, list[str]]:
     try:
-        data = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        data = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             config = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{where}: {CONFIG_NAME} cannot be used: {error}") from error
+        raise CheckpointError(f"{where}: {ADAPTER_CONFIG_NAME} cannot be used: {error}") from error
     unknown = sorted(key for key in data if not hasattr(config, key))
     notes = []
     if unknown or any("Unexpected keyword" in str(warning.message) for warning in caught):

@@ -11,9 +11,7 @@ from ..errors import CheckpointError
 
 
 CHAT_TEMPLATE = "chat_template.jinja"
-PROCESSOR_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
+OLD_TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -25,6 +23,12 @@ PROCESSOR_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
     "tokenizer.model",
+)
+"""What tokenizers were saved as before `tokenizer.json`, which says the same where both exist."""
+PROCESSOR_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    *OLD_TOKENIZER_FILES,
     "tekken.json",
     "normalizer.json",
     CHAT_TEMPLATE,

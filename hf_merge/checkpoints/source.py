@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
-from ..hub import fetch_folder
+from ..hub import ADAPTER_CONFIG_NAME, fetch_folder
 from ..modeling.shell import Anatomy, build_shell, model_class_of
 from ..modeling.vocabulary import vocabulary_axes
 from .conversion import ConversionGroup, Converter, NameMap
@@ -270,7 +270,7 @@ def _from_folder(name: str, reference: ModelReference, trust_remote_code: bool, 
     where = f"'{name}' ({reference.model})"
     if not folder.is_dir():
         raise CheckpointError(f"{where}: the folder '{folder}' does not exist.")
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
         raise UnsupportedModelError(
             f"{where} is a PEFT adapter, not a model: pass it as an expert, or what AutoPeftModel's merge_and_unload() makes of it."
         )

@@ -14,25 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .processors import processor_files, read_json
+from .processors import OLD_TOKENIZER_FILES, processor_files, read_json
 
 
 TOKENIZER = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-# Tables of the first tokenizer in older formats: beside the new tokenizer.json they would contradict it.
-_STALE = (
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "vocab.txt",
-    "vocab.bpe",
-    "merges.txt",
-    "bpe.codes",
-    "spm.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
-)
 # What decides how text becomes tokens, beside the vocabulary.
 _PROCEDURE = ("normalizer", "pre_tokenizer", "decoder")
 
@@ -197,7 +183,8 @@ def write_tokenizer(definition: Definition, donor: Path, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in processor_files(donor):
-        if path.as_posix() not in _STALE:
+        # Older tables of the donor would contradict the new tokenizer.json.
+        if path.as_posix() not in OLD_TOKENIZER_FILES:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(donor / path, folder / path)
     (folder / TOKENIZER).write_text(json.dumps(definition, ensure_ascii=False), encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
@@ -22,7 +21,7 @@ from ..card import adapter_card
 from ..checkpoints.folder import OutputFolder
 from ..checkpoints.layout import CheckpointLayout, ShardLayout
 from ..checkpoints.storage import TensorInfo
-from ..config import CONFIG_NAME, MergeConfig
+from ..config import MergeConfig
 from ..errors import MergeError, PlanError
 from ..kinds import ParameterKind
 from ..low_rank import Factors, factorized, truncated
@@ -31,7 +30,7 @@ from ..registry import get_merge_method
 from .adapters import merges_changes
 from .plan import MergePlan, PlannedParameter
 from .retokenized import RetokenizedSource
-from .sealing import HEADS_FOLDER, REPORT_NAME, head_tensors
+from .sealing import HEADS_FOLDER, head_tensors, write_records
 from .streaming import MergeReport
 
 
@@ -319,13 +318,7 @@ def seal_adapter(plan: MergePlan, output: OutputFolder, report: MergeReport) -> 
     for task, head in plan.heads.items():
         source = next(source for source in plan.experts if source.name == task)
         _save_with_head(plan, head_tensors(source, head), source, folder, folder / HEADS_FOLDER / task)
-    recipe = plan.resolved_recipe()
-    (folder / CONFIG_NAME).write_text(recipe.to_json_string(), encoding="utf-8")
-    (folder / "README.md").write_text(
-        str(adapter_card(recipe, list(plan.heads), plan.target.model_class.__name__)), encoding="utf-8"
-    )
-    (folder / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-    output.seal()
+    write_records(plan, output, report, adapter_card)
 
 
 def _save_with_head(plan: MergePlan, head: dict[str, Tensor], source: Any, folder: Path, target: Path) -> None:

@@ -17,6 +17,7 @@ from ..kinds import ParameterKind
 from ..low_rank import Factors, stacked
 from ..methods.base import LinearMethod, LowRankGroup, TensorGroup, TensorMethod
 from ..registry import get_merge_method
+from .placement import Placement
 from .plan import MergePlan, PlannedParameter
 from .streaming import Loaded, StreamingEngine
 
@@ -197,3 +198,13 @@ class AdapterEngine(StreamingEngine):
             else:
                 sink.write_change(name, value)
             bar.update(group.disk[name].nbytes)
+
+
+def tensor_engine(plan: MergePlan, placement: Placement) -> StreamingEngine:
+    """The engine of a method that merges parameter by parameter.
+
+    Args:
+        plan ([`MergePlan`]): A checked plan.
+        placement ([`Placement`]): Where parameters are merged.
+    """
+    return AdapterEngine(plan, placement) if all_adapters(plan.experts) else StreamingEngine(plan, placement)

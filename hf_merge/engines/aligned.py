@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoints.conversion import ConversionGroup, Converter, NameMap
 from ..checkpoints.source import ModelSource
-from ..checkpoints.storage import TensorInfo
 from ..errors import ConfigError, UnsupportedModelError
 from ..methods.alignment.matching import WeightMatching
 from ..methods.alignment.preparation import map_to_features
@@ -23,6 +21,7 @@ from ..methods.alignment.spaces import ExpertTransforms, Spaces
 from ..methods.backbone_base import FeatureTap
 from ..modeling.heads import find_attention, find_elementwise
 from ..modeling.topology import backbone_of, example_inputs, trace
+from .derived import DerivedSource
 from .task_models import build_model, expert_values
 
 
@@ -44,10 +43,9 @@ def align_experts(experts: list[ModelSource], base: ModelSource | None) -> list[
     return [one if one is reference else AlignedSource.of(one, reference) for one in experts]
 
 
-class AlignedSource(ModelSource):
+class AlignedSource(DerivedSource):
     """A model in the units of another one. Use [`AlignedSource.of`]."""
 
-    inner: ModelSource
     reference_source: ModelSource
 
     @classmethod
@@ -60,53 +58,13 @@ class AlignedSource(ModelSource):
             ConfigError: The backbones differ in shape.
         """
         _check_shapes(inner, reference)
-        source = cls(
-            name=inner.name,
-            reference=inner.reference,
-            config=inner.config,
-            model_class=inner.model_class,
-            storage=inner.storage,
-            folder=inner.folder,
-            generation_config=inner.generation_config,
-            live=inner.live,
-            notes=[*inner.notes, f"the units of '{inner.name}' are permuted to agree with {reference}"],
-            processors=inner.processors,
-        )
-        source.inner, source.reference_source = inner, reference
+        notes = [*inner.notes, f"the units of '{inner.name}' are permuted to agree with {reference}"]
+        source = cls.derive(inner, notes=notes)
+        source.reference_source = reference
         return source
-
-    def __str__(self) -> str:
-        return str(self.inner)
-
-    def recipe_entry(self) -> dict[str, Any]:
-        return self.inner.recipe_entry()
 
     def fingerprint(self) -> list[Any]:
         return ["aligned", self.inner.fingerprint(), self.reference_source.fingerprint()]
-
-    @property
-    def quantization(self) -> str | None:
-        return self.inner.quantization
-
-    @property
-    def layout(self) -> list[ConversionGroup]:
-        return self.inner.layout
-
-    @cached_property
-    def converter(self) -> Converter:
-        return self.inner.converter
-
-    @cached_property
-    def names(self) -> NameMap:
-        return self.inner.names
-
-    @cached_property
-    def parameters(self) -> dict[str, TensorInfo]:
-        return self.inner.parameters
-
-    @cached_property
-    def duplicates(self) -> dict[str, str]:
-        return self.inner.duplicates
 
     def read(self, name: str) -> Tensor:
         with self._lock:

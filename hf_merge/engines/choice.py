@@ -15,7 +15,7 @@ from ..methods.block_base import BlockMethod
 from ..methods.model_base import ModelMethod
 from ..registry import get_merge_method
 from .adapter_output import plan_adapter
-from .adapters import AdapterEngine, all_adapters, factor_problems
+from .adapters import tensor_engine
 from .backbone_blocks import BackboneBlocksEngine
 from .backbone_plan import build_backbone_plan
 from .backbones import BackboneEngine
@@ -26,7 +26,7 @@ from .options import EngineOptions
 from .placement import Placement
 from .plan import MergePlan
 from .planning import build_plan
-from .streaming import MergeReport, Sink, StreamingEngine
+from .streaming import MergeReport, Sink
 
 
 class Engine(Protocol):
@@ -52,7 +52,6 @@ def plan_merge(config: MergeConfig, experts: Sequence[ModelSource], base: ModelS
     method = get_merge_method(config.merge_type).method_cls
     build = build_backbone_plan if issubclass(method, BackboneMethod) else build_plan
     plan = build(config, experts, base)
-    plan.problems += factor_problems(plan)
     if config.output == "adapter":
         plan_adapter(plan)
     return plan
@@ -82,7 +81,7 @@ def find_data_problems(plan: MergePlan, data: CalibrationData | None, has_option
     if data is None:
         problems.append(
             f"The method '{name}' needs calibration samples: pass them by task, merge({{task: samples}}) or "
-            "save_pretrained(folder, data={task: samples})."
+            "save_pretrained(folder, data={task: samples}) of a Merger; on the command line only `hf-merge compare` has samples."
         )
     else:
         problems += data.problems([source.name for source in plan.experts])
@@ -120,7 +119,7 @@ def choose_engine(
     if issubclass(method, BackboneMethod):
         return BackboneEngine(plan, placement, data, options)
     if issubclass(method, TensorMethod):
-        return AdapterEngine(plan, placement) if all_adapters(plan.experts) else StreamingEngine(plan, placement)
+        return tensor_engine(plan, placement)
     raise NotImplementedError(f"{method.__name__} follows none of the contracts of hf_merge.methods")
 
 

@@ -16,7 +16,7 @@ from ..checkpoints.storage import TensorInfo
 from ..errors import ConfigError
 from ..methods.base import TensorMethod
 from ..registry import get_merge_method
-from .adapters import AdapterEngine, all_adapters
+from .adapters import tensor_engine
 from .placement import Placement
 from .plan import MergePlan
 from .sealing import processor_source
@@ -91,8 +91,7 @@ class MergedSource(ModelSource):
 
     @cached_property
     def _engine(self) -> StreamingEngine:
-        engine_cls = AdapterEngine if all_adapters(self.plan.experts) else StreamingEngine
-        engine = engine_cls(self.plan, Placement())
+        engine = tensor_engine(self.plan, Placement())
         engine.survey()
         return engine
 

@@ -14,7 +14,6 @@ from ..adapters.source import AdapterSource, ConfigOnlySource, dequantized, live
 from ..checkpoints.source import ModelSource, open_source
 from ..config import MergeConfig
 from ..errors import CheckpointError, ConfigError, MergeError, PlanError
-from .adapters import factor_problems
 from .nested import MergedSource
 from .planning import build_plan
 from .slices import LayerSlice, SlicedSource
@@ -63,13 +62,10 @@ class Opening:
             raise ConfigError(
                 f"'{name}': the result of a nested recipe is a model, so its 'output' cannot be {recipe.output!r}: leave it out."
             )
-        opening = replace(
-            self, base_values=True
-        )  # its parameters are merged into values, whatever the outer result is
+        # Its parameters are merged into values, whatever the outer result is.
+        opening = replace(self, base_values=True)
         experts, base = opening.models(recipe.experts or {}, recipe.base_model, infer=False)
-        plan = build_plan(recipe, experts, base)
-        plan.problems += factor_problems(plan)
-        return MergedSource.of_plan(name, plan.check())
+        return MergedSource.of_plan(name, build_plan(recipe, experts, base).check())
 
     def _sliced(self, name: str, slices: Any) -> ModelSource:
         pieces, opened = [], {}

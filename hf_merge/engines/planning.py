@@ -13,6 +13,7 @@ from ..config import MergeConfig
 from ..errors import ConfigError
 from ..methods.base import ParameterKind, TensorMethod
 from ..registry import get_merge_method
+from .adapters import factor_problems
 from .compatibility import find_incompatibilities
 from .heads import plan_heads
 from .plan import Dropped, MergePlan, PlannedParameter
@@ -48,6 +49,7 @@ def build_plan(config: MergeConfig, experts: Sequence[ModelSource], base: ModelS
         _plan_parameter(plan, name, heads.copied, missing)
     _report_missing(plan, missing)
     _check_patterns(plan)
+    plan.problems += factor_problems(plan)
     _list_dropped(plan, heads.dropped_reason)
     if not plan.parameters and not plan.problems:
         plan.problems.append("The models have no parameter in common: nothing can be merged.")

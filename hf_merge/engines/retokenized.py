@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
-from ..checkpoints.conversion import ConversionGroup, Converter, NameMap
+from ..checkpoints.conversion import ConversionGroup, NameMap
 from ..checkpoints.source import ModelSource
 from ..checkpoints.storage import TensorInfo
+from .derived import DerivedSource
 
 
 @dataclass
@@ -145,10 +146,9 @@ def stored_name(source: ModelSource, canonical: str) -> str | None:
     return name
 
 
-class RetokenizedSource(ModelSource):
+class RetokenizedSource(DerivedSource):
     """A model under the vocabulary of the result. Use [`RetokenizedSource.of`]."""
 
-    inner: ModelSource
     rows: TokenRows
     index: int
 
@@ -171,42 +171,10 @@ class RetokenizedSource(ModelSource):
         processors (`Path`): The folder of the new tokenizer.
         """
         inner = rows.sources[index]
-        source = cls(
-            name=inner.name,
-            reference=inner.reference,
-            config=config,
-            model_class=inner.model_class,
-            storage=inner.storage,
-            folder=inner.folder,
-            generation_config=generation_config,
-            live=inner.live,
-            notes=inner.notes,
-            processors=processors,
-        )
-        source.inner, source.rows, source.index = inner, rows, index
+        source = cls.derive(inner, config=config, generation_config=generation_config, processors=processors)
+        source.rows, source.index = rows, index
         source.vocabulary_axes, source.vocabulary = inner.vocabulary_axes, table
         return source
-
-    def __str__(self) -> str:
-        return str(self.inner)
-
-    def recipe_entry(self) -> dict[str, Any]:
-        return self.inner.recipe_entry()
-
-    def fingerprint(self) -> list[Any]:
-        return self.inner.fingerprint()
-
-    @property
-    def quantization(self) -> str | None:
-        return self.inner.quantization
-
-    @property
-    def layout(self) -> list[ConversionGroup]:
-        return self.inner.layout
-
-    @cached_property
-    def converter(self) -> Converter:
-        return self.inner.converter
 
     @cached_property
     def names(self) -> NameMap:
@@ -222,10 +190,6 @@ class RetokenizedSource(ModelSource):
         if axis is None:
             return info
         return TensorInfo((*info.shape[:axis], self.rows.count, *info.shape[axis + 1 :]), info.dtype)
-
-    @cached_property
-    def duplicates(self) -> dict[str, str]:
-        return self.inner.duplicates
 
     @cached_property
     def parameters(self) -> dict[str, TensorInfo]:

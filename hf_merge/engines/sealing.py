@@ -6,10 +6,12 @@ import copy
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import save
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from ..checkpoints.folder import OutputFolder
 from ..checkpoints.processors import CHAT_TEMPLATE, chat_template_of, module_folders, processor_files
 from ..checkpoints.source import ModelSource
 from ..checkpoints.storage import SAFE_WEIGHTS
-from ..config import CONFIG_NAME
+from ..config import CONFIG_NAME, MergeConfig
 from ..errors import ConfigError
 from ..hub import HEADS_FOLDER
 from .plan import MergePlan
@@ -44,11 +46,27 @@ def seal(plan: MergePlan, output: OutputFolder, report: MergeReport) -> None:
         source = next(source for source in plan.experts if source.name == task)
         _save_head(head.model or source, head_tensors(source, head), folder / HEADS_FOLDER / task)
     _copy_processors(plan, folder)
-    recipe = plan.resolved_recipe()
+    write_records(plan, output, report, model_card)
+
+
+def write_records(
+    plan: MergePlan,
+    output: OutputFolder,
+    report: MergeReport,
+    card: Callable[[MergeConfig, Sequence[str], str], ModelCard],
+) -> None:
+    """Writes recipe, card and report, and makes the folder appear.
+
+    Args:
+        plan ([`MergePlan`]): What was merged.
+        output ([`OutputFolder`]): With everything else written.
+        report ([`MergeReport`]): Of the run.
+        card (`Callable`): Makes the card from the recipe, the tasks with a head and the name of the class.
+    """
+    folder, recipe = output.partial, plan.resolved_recipe()
     (folder / CONFIG_NAME).write_text(recipe.to_json_string(), encoding="utf-8")
-    (folder / "README.md").write_text(
-        str(model_card(recipe, list(plan.heads), plan.target.model_class.__name__)), encoding="utf-8"
-    )
+    content = str(card(recipe, list(plan.heads), plan.target.model_class.__name__))
+    (folder / "README.md").write_text(content, encoding="utf-8")
     (folder / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     output.seal()
 

@@ -9,12 +9,9 @@ from pathlib import Path
 from ..card import CARD_NAME, adapter_card, combine_cards, model_card
 from ..config import MergeConfig
 from ..errors import CheckpointError, OutputError
-from ..hub import HEADS_FOLDER
+from ..hub import ADAPTER_CONFIG_NAME, HEADS_FOLDER
 from .results import RESULT_HEADER, EvaluationResult
 from .tables import markdown_table
-
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def update_card(folder: str | Path, *, force: bool = False) -> Path:
@@ -35,7 +32,7 @@ def update_card(folder: str | Path, *, force: bool = False) -> Path:
     config = MergeConfig.from_pretrained(folder)
     evaluation = EvaluationResult.load(folder)
     results = markdown_table(RESULT_HEADER, evaluation.rows()) if evaluation is not None else None
-    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    is_adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
     class_name = _adapted_class(folder) if is_adapter else _class_of(folder)
     write = adapter_card if is_adapter else model_card
     card = write(config, _tasks(folder, config), class_name, results)

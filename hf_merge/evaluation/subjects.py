@@ -20,10 +20,9 @@ from ..engines.calibrated import task_model
 from ..engines.opening import Opening
 from ..engines.sealing import HEADS_FOLDER
 from ..errors import ConfigError, suggest
-from ..hub import fetch_folder
+from ..hub import ADAPTER_CONFIG_NAME, fetch_folder
 from ..merger import Merger
 from ..modeling.assembly import assemble
-from .cards import ADAPTER_CONFIG
 
 
 class Subject(Protocol):
@@ -59,7 +58,7 @@ def subject_of(subject: Any, trust_remote_code: bool = False) -> Subject:
 
 def _of_folder(name: str | Path, trust_remote_code: bool) -> Subject:
     folder, _ = fetch_folder(name)
-    if (folder / ADAPTER_CONFIG).is_file():
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
         return AdapterSubject(folder, trust_remote_code)
     if not (folder / "config.json").is_file() and (folder / CONFIG_NAME).is_file():
         recipe = MergeConfig.from_pretrained(folder)

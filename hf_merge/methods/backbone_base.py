@@ -235,15 +235,15 @@ class FeatureSource:
 
     def inputs(self, task: int, rows: Sequence[int], generator: np.random.Generator | None) -> dict[str, Tensor]:
         """The arguments of a forward for some samples; augmented where there is a hook and `generator` is given."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement inputs")
 
     def run_student(self, inputs: Mapping[str, Tensor]) -> Any:
         """The output of the merged backbone, differentiable."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement run_student")
 
     def run_expert(self, task: int, inputs: Mapping[str, Tensor]) -> Any:
         """The output of an expert's backbone, without gradients."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement run_expert")
 
     def predict(self, task: int, inputs: Mapping[str, Tensor], output: Any, features: Tensor) -> Tensor:
         """What an expert's own head makes of features, float32 and differentiable in them.
@@ -254,7 +254,7 @@ class FeatureSource:
             output: Of the expert's backbone, for whatever else the head reads.
             features (`torch.Tensor`): In the expert's channels.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement predict")
 
 
 @dataclass

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from hf_merge import (
+    AutoMergedModel,
     CatConfig,
     ConfigError,
     LinearConfig,
@@ -276,3 +277,9 @@ def test_blocks_are_distilled_from_adapters(tmp_path: Path):
     merger.merge(data)
     assert merger.report.blocks
     assert all(block["last_loss"] < block["first_loss"] for block in merger.report.blocks.values())
+
+
+def test_an_adapter_folder_is_not_a_merged_model(tmp_path: Path):
+    bed = make_adapters(KINDS["lora"], tmp_path / "bed", 1)
+    with pytest.raises(ConfigError, match="holds a PEFT adapter: load it with peft.AutoPeftModel"):
+        AutoMergedModel.from_pretrained(bed.adapters["a"])

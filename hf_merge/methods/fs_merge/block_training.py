@@ -9,13 +9,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbone_blocks import BackboneBlock, BackbonePart
 from .features import variance_of
 from .least_squares import LeastSquares
-from .optimization import learning_rate_factor, make_optimizer
-from .states import MovingAverage
+from .optimization import Updates
 from .supernet import Supernet
 from .weights import FoldedWeights, TrainedWeights
 
@@ -60,34 +59,29 @@ class PartTraining:
 
     def __init__(self, part: BackbonePart, weights: TrainedWeights):
         self.part, self.weights, self.settings = part, weights, part.settings
-        self._maps = [one for one in part.maps if one is not None]
-        trained = self.weights.groups() | {"output": [p for one in self._maps for p in one.parameters()]}
-        self.optimizer = make_optimizer(self.settings, trained, self.settings.learning_rates())
-        self.average = MovingAverage(self._trained(), self.settings.ema_decay)
         self.steps = math.ceil(max(part.batches.counts) / part.accumulation)
+        maps = [one for one in part.maps if one is not None]
+        total = self.settings.epochs * self.steps
+        self.updates = Updates(self.settings, weights, maps, self.settings.learning_rates(), total)
         tasks = range(len(part.maps))
         self.scales = [variance_of([target for _, target in self._targets(task)]) for task in tasks]
 
     def run(self) -> dict[str, Any]:
         """Trains until the epochs are over or a callback ends it. Returns the losses."""
         monitor, epochs = self.part.monitor, self.settings.epochs
-        monitor.begin_block(self.part.name, self.part.student, self.optimizer, epochs, self.steps)
+        monitor.begin_block(self.part.name, self.part.student, self.updates.optimizer, epochs, self.steps)
         generator = self.part.random("order")
         losses: list[float] = []
         for epoch in range(epochs):
             losses.append(self._epoch(epoch, generator))
             if monitor.end_epoch(losses[-1]):
                 break
-        self.average.keep()
-        self.weights.refresh()
+        self.updates.keep_average()
         return {"first_loss": losses[0], "last_loss": losses[-1], "epochs": len(losses)}
 
     def _targets(self, task: int) -> Iterator[tuple[int, Tensor]]:
         for index in range(self.part.batches.counts[task]):
             yield index, self.part.batches.target(task, index)
-
-    def _trained(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _epoch(self, epoch: int, generator: np.random.Generator) -> float:
         """One pass over the batches. Returns its mean loss per update."""
@@ -96,29 +90,18 @@ class PartTraining:
         orders = [generator.permutation(count) for count in self.part.batches.counts]
         for step in range(self.steps):
             monitor.begin_step()
-            total += (loss := self._update(orders, step, epoch * self.steps + step))
-            if monitor.end_step(loss, self.optimizer.param_groups[0]["lr"]):
+            loss = self.updates.make(epoch * self.steps + step, self._losses(orders, step))
+            total += loss
+            if monitor.end_step(loss, self.updates.learning_rate):
                 break
         return total / (step + 1)
 
-    def _update(self, orders: Sequence[np.ndarray], step: int, count: int) -> float:
-        factor = learning_rate_factor(self.settings, count, self.settings.epochs * self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        self.optimizer.zero_grad()
-        self.weights.refresh()
-        total, size = 0.0, self.part.accumulation
+    def _losses(self, orders: Sequence[np.ndarray], step: int) -> Iterator[Tensor]:
+        """The losses of an update, batch by batch. A task with fewer batches begins again."""
+        size = self.part.accumulation
         for part in range(size):
             for task, order in enumerate(orders):
-                loss = self._loss(task, int(order[(step * size + part) % len(order)])) / size
-                loss.backward()
-                total += float(loss.detach())
-        self.weights.collect()
-        if self.settings.max_grad_norm:
-            nn.utils.clip_grad_norm_(self._trained(), self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.average.update()
-        return total
+                yield self._loss(task, int(order[(step * size + part) % len(order)])) / size
 
     def _loss(self, task: int, index: int) -> Tensor:
         found, target = self.part.batches.predict(task, index), self.part.batches.target(task, index)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import FeatureTrainingConfig
+from .states import MovingAverage
+from .weights import TrainedWeights
 
 
 def learning_rate_factor(settings: FeatureTrainingConfig, step: int, total: int) -> float:
@@ -48,3 +50,65 @@ def make_optimizer(
         if parameters
     ]
     return torch.optim.AdamW(groups, betas=(settings.adam_beta1, settings.adam_beta2))
+
+
+class Updates:
+    """The updates of a training: what is trained, its optimizer, and the average of what it passes through.
+
+    Args:
+        settings ([`FeatureTrainingConfig`]): The recipe.
+        weights ([`TrainedWeights`]): What is trained in the merged model.
+        maps (`Sequence[torch.nn.Module]`): The maps to the experts' features.
+        rates (`Mapping[str, float]`): Peak learning rates for `"matrix"`, `"vector"` and `"output"`.
+        total (`int`): How many updates are made.
+    """
+
+    def __init__(
+        self,
+        settings: FeatureTrainingConfig,
+        weights: TrainedWeights,
+        maps: Sequence[nn.Module],
+        rates: Mapping[str, float],
+        total: int,
+    ):
+        self._settings, self._weights, self._total = settings, weights, total
+        trained = weights.groups() | {"output": [parameter for one in maps for parameter in one.parameters()]}
+        self.optimizer = make_optimizer(settings, trained, rates)
+        self._trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.average = MovingAverage(self._trained, settings.ema_decay)
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the last update, of the first kind of tensor."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def make(self, number: int, losses: Iterable[Tensor]) -> float:
+        """One update from the sum of losses, each of which is computed, and its graph freed, before the next one is.
+
+        Args:
+            number (`int`): Of the update.
+            losses (`Iterable[torch.Tensor]`): Its losses.
+
+        Returns:
+            `float`: Their sum.
+        """
+        factor = learning_rate_factor(self._settings, number, self._total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        self.optimizer.zero_grad()
+        self._weights.refresh()
+        total = 0.0
+        for loss in losses:
+            loss.backward()
+            total += float(loss.detach())
+        self._weights.collect()
+        if self._settings.max_grad_norm:
+            nn.utils.clip_grad_norm_(self._trained, self._settings.max_grad_norm)
+        self.optimizer.step()
+        self.average.update()
+        return total
+
+    def keep_average(self) -> None:
+        """Ends the training: what was averaged, if anything was, is what stays."""
+        self.average.keep()
+        self._weights.refresh()

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbone_base import BackboneGroup
 from .features import captured, mean_square, real_rows, variance_of
 from .least_squares import MapFits
-from .optimization import learning_rate_factor, make_optimizer
-from .states import Best, MovingAverage
+from .optimization import Updates
+from .states import Best
 from .weights import TrainedWeights
 
 
@@ -54,33 +54,27 @@ class FeatureTraining:
         self._maps = [one for one in group.maps if one is not None]
         if fit_maps:
             self._fit_maps()
-        trained = self.weights.groups() | {"output": [p for one in self._maps for p in one.parameters()]}
-        self.optimizer = make_optimizer(self.settings, trained, learning_rates)
-        self.average = MovingAverage(self._trained(), self.settings.ema_decay)
         size = self.settings.batch_size * group.accumulation
         self.steps = math.ceil(max(len(rows) for rows in self.rows) / size)
+        self.updates = Updates(self.settings, weights, self._maps, learning_rates, epochs * self.steps)
         self.scales = [self._variances(task) for task in range(len(group))]
 
     def run(self) -> dict[str, Any]:
         """Trains until the epochs are over, a callback ends it, or the held-out loss stops falling. The best state by that loss is
         kept. Returns the losses."""
         monitor = self.group.monitor
-        monitor.begin_block(self.label, self.group.student, self.optimizer, self.epochs, self.steps)
+        monitor.begin_block(self.label, self.group.student, self.updates.optimizer, self.epochs, self.steps)
         generator = self.group.random(self.label, "order")
         losses: list[float] = []
         best = Best(self.settings.early_stopping_patience)
         for epoch in range(self.epochs):
             losses.append(self._epoch(epoch, generator))
             watched = self.evaluate() if self.held_out else losses[-1]
-            if monitor.end_epoch(watched) or (self.held_out and best.is_over(watched, self.average.values)):
+            if monitor.end_epoch(watched) or (self.held_out and best.is_over(watched, self.updates.average.values)):
                 break
-        best.restore(self.average.values)
-        self.average.keep()
-        self.weights.refresh()
+        best.restore(self.updates.average.values)
+        self.updates.keep_average()
         return {"first_loss": losses[0], "last_loss": losses[-1], "epochs": len(losses)} | best.report()
-
-    def _trained(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     # -- samples --------------------------------------------------------------------------------------------------
 
@@ -113,28 +107,16 @@ class FeatureTraining:
         total = 0.0
         for step in range(self.steps):
             monitor.begin_step()
-            total += (loss := self._update(orders, step, generator, epoch * self.steps + step))
-            if monitor.end_step(loss, self.optimizer.param_groups[0]["lr"]):
+            loss = self.updates.make(epoch * self.steps + step, self._losses(orders, step, generator))
+            total += loss
+            if monitor.end_step(loss, self.updates.learning_rate):
                 break
         return total / (step + 1)
 
-    def _update(self, orders: Sequence[np.ndarray], step: int, generator: np.random.Generator, count: int) -> float:
-        factor = learning_rate_factor(self.settings, count, self.epochs * self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        self.optimizer.zero_grad()
-        self.weights.refresh()
-        total = 0.0
+    def _losses(self, orders: Sequence[np.ndarray], step: int, generator: np.random.Generator) -> Iterator[Tensor]:
+        """The losses of an update, batch by batch."""
         for task, rows in self._batches(orders, step):
-            loss = self._loss(task, self.source.inputs(task, rows, generator)) / self.group.accumulation
-            loss.backward()
-            total += float(loss.detach())
-        self.weights.collect()
-        if self.settings.max_grad_norm:
-            nn.utils.clip_grad_norm_(self._trained(), self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.average.update()
-        return total
+            yield self._loss(task, self.source.inputs(task, rows, generator)) / self.group.accumulation
 
     # -- the loss -------------------------------------------------------------------------------------------------
 
@@ -172,7 +154,7 @@ class FeatureTraining:
         time: what a masked language model is trained on has masks."""
         generator = self.group.random(self.label, "held-out")
         total = 0.0
-        with self.average.applied():
+        with self.updates.average.applied():
             self.weights.refresh()
             for task, rows in enumerate(self.held_out):
                 for start in range(0, len(rows), self.settings.batch_size):
