@@ -7,10 +7,12 @@ The engine knows no formulas and the methods know no files.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -21,15 +23,16 @@ from transformers.utils import logging as transformers_logging
 
 from ..checkpoints.conversion import SaveGroup
 from ..errors import NonFiniteError
-from ..methods.base import TensorGroup, TensorMethod
+from ..methods.base import ElementwiseMethod, Step, TensorGroup, TensorMethod, whole
 from ..registry import get_merge_method
+from .pieces import all_finite, empty_tensor, one_thread, squared_norm
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
 
 
 logger = logging.getLogger(__name__)
 
-READ_AHEAD = 2**28
+READ_AHEAD = 2**26
 """How many bytes of stored tensors are read ahead of the group being merged; always at least one group."""
 
 
@@ -113,6 +116,7 @@ class StreamingEngine:
             writing: Future | None = None
             for group, loaded in self._read_ahead(pending):
                 merged = {name: self._finish(self._by_name[name], tensors) for name, tensors in loaded.items()}
+                del loaded  # before the next ones are read
                 if writing is not None:
                     writing.result()
                 writing = writer.submit(self._write, group, merged, sink, bar)
@@ -217,20 +221,55 @@ class StreamingEngine:
             # A copy: a tensor of a model in memory must not become part of the result.
             return checked(parameter.name, stored.to("cpu", parameter.info.dtype, copy=True), parameter.copy_from)
         group = self._group(parameter, loaded)
-        if parameter.action == "mean":
-            merged = group.mean()
-        else:
+        if parameter.action == "merge":
             row["method"] = parameter.settings.merge_type
-            merged = self._method(parameter.settings.merge_type)(group)
-        merged = self._follow(parameter, group, merged)
-        result = merged.to(parameter.info.dtype)
-        if not bool(torch.isfinite(result).all()):
-            raise NonFiniteError(self._describe_non_finite(parameter, group, merged))
-        row["norm"] = float(torch.linalg.vector_norm(merged))
-        if group.base is not None:
-            row["task_vector_norm"] = float(torch.linalg.vector_norm(merged - group.base))
+        result = empty_tensor(parameter.info.shape, parameter.info.dtype if rounded else group.dtype)
+        with one_thread() if self._in_pieces(parameter) else nullcontext():
+            steps = self._steps(parameter, group)
+            norms = [self._finish_step(parameter, group, result.view(-1), step) for step in steps]
+        row["norm"] = math.sqrt(max(0.0, math.fsum(norm for norm, _ in norms)))
+        if group.stored_base is not None:
+            row["task_vector_norm"] = math.sqrt(max(0.0, math.fsum(norm for _, norm in norms)))
         row.update(group.report)
-        return (result if rounded else merged).cpu()
+        return result
+
+    def _in_pieces(self, parameter: PlannedParameter) -> bool:
+        """Whether the parameter is merged in many short operations."""
+        method = self._method(parameter.settings.merge_type)
+        return parameter.action == "mean" or isinstance(method, ElementwiseMethod)
+
+    def _steps(self, parameter: PlannedParameter, group: TensorGroup) -> Iterable[Step]:
+        """The computation of a parameter, in steps."""
+        if parameter.action == "mean":
+            steps = (Step(piece, piece.mean) for piece in group.pieces())
+        else:
+            steps = self._method(parameter.settings.merge_type).steps(group)
+        if not parameter.then:
+            return steps
+        return [Step(group, lambda: self._follow(parameter, group, whole(group, steps)))]
+
+    @torch.no_grad()
+    def _finish_step(
+        self, parameter: PlannedParameter, group: TensorGroup, result: Tensor, step: Step
+    ) -> tuple[float, float]:
+        """Merges one step into its place in the result, rounded once. Returns what it adds to the squared norm of the parameter and to
+        that of its distance to the base model."""
+        merged, base = step.merge(), step.group.base
+        norm, distance = self._norms(merged, base, step.places)
+        if step.places is not None:
+            entries = result[step.places + step.group.offset].to(merged.dtype)
+            norm, distance = (new - old for new, old in zip((norm, distance), self._norms(entries, base, step.places)))
+        step.put(merged, result)
+        if not norm < _largest_square(result.dtype) and not all_finite(merged.to(result.dtype)):
+            raise NonFiniteError(self._describe_non_finite(parameter, group, merged))
+        return norm, distance
+
+    @staticmethod
+    def _norms(merged: Tensor, base: Tensor | None, places: Tensor | None) -> tuple[float, float]:
+        """The squared norms of merged values and of their distance to the base model's."""
+        if base is None:
+            return squared_norm(merged), 0.0
+        return squared_norm(merged), squared_norm(merged - (base if places is None else base.reshape(-1)[places]))
 
     def _row(self, parameter: PlannedParameter) -> dict[str, Any]:
         """Begins the report's row of a parameter."""
@@ -283,9 +322,15 @@ class StreamingEngine:
             bar.update(group.disk[key].nbytes)
 
 
+def _largest_square(dtype: torch.dtype) -> float:
+    """No entry of a tensor whose squared norm is below this is out of the range of `dtype`."""
+    largest = torch.finfo(dtype).max if dtype.is_floating_point else 0.0
+    return largest * largest
+
+
 def checked(name: str, tensor: Tensor, model: str) -> Tensor:
     """`tensor`, copied from `model`, or [`NonFiniteError`] when it holds NaN or infinity in its output dtype."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise NonFiniteError(
             f"The parameter '{name}' of '{model}' holds NaN or infinity, or is too large for {dtype}."

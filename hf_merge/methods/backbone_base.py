@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .base import MergeMethod, keyed_generator
+from .base import MergeMethod
 from .block_base import BlockMonitor
+from .groups import keyed_generator
 
 
 if TYPE_CHECKING:

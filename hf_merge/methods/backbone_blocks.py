@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .backbone_base import OutputMap, Topology
-from .base import keyed_generator
 from .block_base import BlockMonitor
+from .groups import keyed_generator
 
 
 @dataclass

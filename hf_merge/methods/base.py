@@ -4,6 +4,7 @@ A method says *what* is computed. It never opens a file, never sees a device map
 it is given groups of tensors that belong together, and returns tensors.
 
 - [`TensorMethod`]: data-free; parameters are independent of each other; runs from disk to disk at any size.
+- [`ElementwiseMethod`]: a `TensorMethod` whose entries are independent of each other; computed in pieces that stay in the cache.
 - [`LinearMethod`]: a `TensorMethod` defined on the weights of linear layers, given as matrices (out, in).
 - `BlockMethod` (in `block_base.py`): needs the activations of calibration samples; one block of the model is there at a time.
 - `ModelMethod` (in `model_base.py`): needs gradients through all layers; the merged model is in memory.
@@ -11,150 +12,17 @@ it is given groups of tensors that belong together, and returns tensors.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..kinds import LINEAR_KINDS, ParameterKind
 from ..low_rank import Factors, concatenated
-
-
-def keyed_generator(seed: int, *words: str) -> np.random.Generator:
-    """A counter-based generator (Philox) that depends on the seed and the words, and on nothing else."""
-    text = "\0".join((str(seed), *words))
-    key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
-    return np.random.Generator(np.random.Philox(key=key))
-
-
-@dataclass
-class TensorGroup:
-    """One parameter of every model that takes part, and what a method may know about it.
-
-    Tensors are kept in their storage dtype and cast to float32 (float64 where they are stored so) one at a time on access:
-    ask for one expert, use it, let it go.
-
-    Args:
-        name (`str`): The module name of the parameter.
-        kind ([`ParameterKind`]): What it is.
-        stored_base (`torch.Tensor`, *optional*): The base model's value as stored.
-        stored_experts (`Sequence[torch.Tensor]`): The experts' values as stored, all of one shape.
-        expert_names (`tuple[str]`): Their names.
-        settings ([`MergeConfig`]): The method's settings, resolved for this parameter: plain values, and lists with one value
-            per expert where a setting's scope is `"expert"`.
-        seed (`int`): The recipe's seed.
-        report (`dict`): What the method wants to say about this parameter in `merge_report.json`: numbers by name.
-    """
-
-    name: str
-    kind: ParameterKind
-    stored_base: Tensor | None
-    stored_experts: Sequence[Tensor]
-    expert_names: tuple[str, ...]
-    settings: Any
-    seed: int = 0
-    report: dict[str, float] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.stored_experts)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.stored_experts[0].shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the arithmetic: float32, or float64 when some model is stored in it."""
-        stored = [*self.stored_experts, *([] if self.stored_base is None else [self.stored_base])]
-        return torch.float64 if any(tensor.dtype == torch.float64 for tensor in stored) else torch.float32
-
-    @cached_property
-    def base(self) -> Tensor | None:
-        """The base model's value in the dtype of the arithmetic. Do not change it in place."""
-        return None if self.stored_base is None else self.stored_base.to(self.dtype)
-
-    def expert(self, index: int) -> Tensor:
-        """Expert `index`'s value, in the dtype of the arithmetic. Do not change it in place."""
-        return self.stored_experts[index].to(self.dtype)
-
-    def experts(self) -> Iterator[Tensor]:
-        """The experts' values one at a time."""
-        for index in range(len(self)):
-            yield self.expert(index)
-
-    def task_vector(self, index: int) -> Tensor:
-        """τ_i = θ_i − θ_0 as a new tensor, free to be changed in place."""
-        return self.expert(index) - self.base
-
-    def task_vectors(self) -> Iterator[Tensor]:
-        """The task vectors one at a time."""
-        for index in range(len(self)):
-            yield self.task_vector(index)
-
-    def release_experts(self) -> None:
-        """Frees the experts' values; what is known without them, stays."""
-        self.stored_experts = [stored.to("meta") for stored in self.stored_experts]
-        self.__dict__.pop("base", None)
-
-    def mean(self) -> Tensor:
-        """The plain mean of the experts, as a new tensor."""
-        total = torch.zeros(self.shape, dtype=self.dtype, device=self.stored_experts[0].device)
-        for expert in self.experts():
-            total += expert
-        return total.div_(len(self))
-
-    def random(self, index: int, purpose: str = "mask") -> np.random.Generator:
-        """A counter-based generator (Philox) keyed by (seed, parameter name, expert name, purpose): the order in which
-        parameters are merged, threads, ranks and devices do not change what it draws."""
-        return keyed_generator(self.seed, self.name, self.expert_names[index], purpose)
-
-    def keep_mask(self, index: int, probability: float | Tensor) -> Tensor:
-        """A Bernoulli mask (bool, the parameter's shape) in which each entry is kept with `probability`.
-
-        Args:
-            index (`int`): The expert that the mask is for.
-            probability (`float` or `torch.Tensor`): In [0, 1], one for all entries or one per entry.
-        """
-        device = self.stored_experts[index].device
-        uniform = self.random(index).random(self.shape, dtype=np.float32)
-        drawn = torch.from_numpy(uniform).to(device)
-        return drawn < probability
-
-
-@dataclass
-class LowRankGroup:
-    """The task vectors of one linear layer as factors T_i = L_i R_i, for methods that never form the dense matrix.
-
-    Args:
-        name (`str`): The module name of the parameter.
-        kind ([`ParameterKind`]): What it is.
-        experts (`list[Factors]`): L_i (out, r_i) and R_i (r_i, in), whatever the parameter is stored as, in float32 or float64.
-        expert_names (`tuple[str]`): Their names.
-        settings ([`MergeConfig`]): The method's settings, resolved for this parameter.
-        seed (`int`): The recipe's seed.
-        report (`dict`): As in [`TensorGroup`].
-    """
-
-    name: str
-    kind: ParameterKind
-    experts: list[Factors]
-    expert_names: tuple[str, ...]
-    settings: Any
-    seed: int = 0
-    report: dict[str, float] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.experts)
-
-    @property
-    def shape(self) -> torch.Size:
-        """(out, in)."""
-        return self.experts[0].shape
+from .groups import LowRankGroup, TensorGroup
 
 
 class MergeMethod:
@@ -203,6 +71,34 @@ class MergeMethod:
         return refusals
 
 
+class Step(NamedTuple):
+    """A part of the computation of one parameter.
+
+    Args:
+        group ([`TensorGroup`]): What is merged: the whole parameter, or a piece of it.
+        merge (`Callable`): Returns its value, of shape `group.shape`, in the dtype of the arithmetic.
+        places (`torch.Tensor`, *optional*): Where the value is given for some entries of the group only, which entries: int64, flat.
+    """
+
+    group: TensorGroup
+    merge: Callable[[], Tensor]
+    places: Tensor | None = None
+
+    def put(self, value: Tensor, parameter: Tensor, offset: int = 0) -> None:
+        """Writes the value into the parameter.
+
+        Args:
+            value (`torch.Tensor`): What `merge` returned.
+            parameter (`torch.Tensor`): All entries, flat.
+            offset (`int`): The offset of the first of them.
+        """
+        start = self.group.offset - offset
+        if self.places is None:
+            parameter[start : start + value.numel()].copy_(value.reshape(-1))
+        else:
+            parameter[self.places + start] = value.to(parameter.dtype)
+
+
 class TensorMethod(MergeMethod):
     """A data-free method: parameter by parameter.
 
@@ -228,6 +124,11 @@ class TensorMethod(MergeMethod):
     def merge_other(self, group: TensorGroup) -> Tensor:
         """The merged value of a parameter that the method is not defined on: the mean of the experts."""
         return group.mean()
+
+    def steps(self, group: TensorGroup) -> Iterator[Step]:
+        """The computation of one parameter in steps, which together make all of it. A step is carried out before the next is asked
+        for; a later one may correct single entries."""
+        yield Step(group, lambda: self(group))
 
     # -- experts that are adapters --------------------------------------------------------------------------------
 
@@ -276,6 +177,60 @@ class TensorMethod(MergeMethod):
     def remarks(self) -> list[str]:
         """What the method noticed over the whole merge and the user should know. Called once, at the end."""
         return []
+
+
+class ElementwiseMethod(TensorMethod):
+    """A method in which an entry of the result depends on the same entry of the models, or on the same row of them, and on a few
+    numbers that are found beforehand.
+
+    It is computed piece by piece: what one operation leaves is still in the cache for the next, and no intermediate is as large as
+    the parameter. A subclass implements [`~ElementwiseMethod.merge_piece`], and
+    [`~ElementwiseMethod.prepare`] where it needs to know something of the whole parameter.
+    """
+
+    def unit(self, group: TensorGroup) -> int | None:
+        """How many entries belong together, see [`~TensorGroup.pieces`]."""
+        return 1
+
+    def prepare(self, group: TensorGroup) -> Any:
+        """What [`~ElementwiseMethod.merge_piece`] has to know of the whole parameter."""
+        return None
+
+    def merge_piece(self, piece: TensorGroup, prepared: Any) -> Tensor:
+        """The merged entries of a piece, of shape `piece.shape`, a new tensor in the dtype of the arithmetic."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement merge_piece")
+
+    def correct(self, piece: TensorGroup, prepared: Any) -> tuple[Tensor, Tensor] | None:
+        """The places (int64) and values of entries of a piece that all pieces had to be seen for."""
+        return None
+
+    def steps(self, group: TensorGroup) -> Iterator[Step]:
+        defined = self.kinds is None or group.kind in self.kinds
+        if not defined or (self.requires_base and group.stored_base is None):
+            yield from super().steps(group)
+        else:
+            yield from self._steps(group)
+
+    def _steps(self, group: TensorGroup) -> Iterator[Step]:
+        prepared = self.prepare(group)
+        for piece in group.pieces(self.unit(group)):
+            yield Step(piece, partial(self.merge_piece, piece, prepared))
+        for piece in group.pieces(self.unit(group)):
+            corrected = self.correct(piece, prepared)
+            if corrected is not None:
+                places, values = corrected
+                yield Step(piece, lambda values=values: values, places)
+
+    def merge(self, group: TensorGroup) -> Tensor:
+        return whole(group, self._steps(group))
+
+
+def whole(group: TensorGroup, steps: Iterable[Step]) -> Tensor:
+    """The parameter that the steps make, of shape `group.shape`."""
+    merged = torch.empty(group.shape, dtype=group.dtype, device=group.device)
+    for step in steps:
+        step.put(step.merge(), merged.view(-1), group.offset)
+    return merged
 
 
 @dataclass

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .base import MergeMethod, TensorGroup, keyed_generator
+from .base import MergeMethod, TensorGroup
+from .groups import keyed_generator
 
 
 class BlockMonitor:

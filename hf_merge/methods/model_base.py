@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .base import MergeMethod, TensorGroup, keyed_generator
+from .base import MergeMethod, TensorGroup
 from .block_base import BlockMonitor
+from .groups import keyed_generator
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .base import ParameterKind
@@ -9,6 +10,25 @@ from .base import ParameterKind
 
 _TRANSPOSED = (ParameterKind.TRANSPOSED_LINEAR, ParameterKind.TRANSPOSED_EXPERT_LINEAR)
 _STACKED = (ParameterKind.EXPERT_LINEAR, ParameterKind.TRANSPOSED_EXPERT_LINEAR)
+
+
+def is_transposed(kind: ParameterKind) -> bool:
+    """Whether what one output unit reads is a column of what is stored."""
+    return kind in _TRANSPOSED
+
+
+def row_unit(shape: torch.Size, kind: ParameterKind) -> int | None:
+    """In what pieces a method that works row by row gets a parameter, see [`TensorGroup.pieces`]."""
+    return None if is_transposed(kind) else row_length(shape, kind)
+
+
+def row_length(shape: torch.Size, kind: ParameterKind) -> int:
+    """The length of the rows that [`as_rows`] makes, at least 1."""
+    if is_transposed(kind):
+        return max(shape[-2], 1)
+    if kind in _STACKED:
+        return max(shape[-1], 1)
+    return max(shape[1:].numel() if len(shape) > 1 else shape.numel(), 1)
 
 
 def as_rows(values: Tensor, kind: ParameterKind) -> Tensor:
@@ -21,6 +41,16 @@ def as_rows(values: Tensor, kind: ParameterKind) -> Tensor:
     if kind in _STACKED:
         return values.reshape(-1, values.shape[-1])
     return values.flatten(1) if values.dim() > 1 else values.reshape(1, -1)
+
+
+def piece_rows(values: Tensor, kind: ParameterKind, length: int) -> Tensor:
+    """The rows in a piece of a parameter: flat entries of whole rows, or the parameter itself where rows are not stored together."""
+    return as_rows(values, kind).contiguous() if is_transposed(kind) else values.view(-1, length)
+
+
+def from_piece_rows(rows: Tensor, like: Tensor, kind: ParameterKind) -> Tensor:
+    """The inverse of [`piece_rows`]."""
+    return from_rows(rows, like, kind) if is_transposed(kind) else rows.view(like.shape)
 
 
 def from_rows(rows: Tensor, like: Tensor, kind: ParameterKind) -> Tensor:

@@ -1,13 +1,15 @@
 """The largest entries of a tensor by magnitude, found by selection and never by sorting.
 
-For IEEE floats |x| grows with the bit pattern of |x| read as an integer. Two histograms, of the high and of the low 16 bits,
-therefore find the k-th largest magnitude exactly, in two passes over the data with a fixed amount of extra memory. Histograms
-add up, so that the same code finds a threshold over all parameters of a model without ever holding two of them.
+For IEEE floats |x| grows with the bit pattern of |x| read as an integer, and integers are selected faster than floats. Where a copy
+of the bit patterns would be large, two histograms, of the high and of the low 16 bits, find the k-th largest magnitude exactly,
+in two passes over the data with a fixed amount of extra memory. Histograms add up, so that the same code finds a threshold
+over all parameters of a model without ever holding two of them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +19,9 @@ from torch import Tensor
 
 HIGH_BINS = 1 << 15  # the sign bit is gone
 LOW_BINS = 1 << 16
+
+_PARTITIONED = 1 << 24  # entries; larger tensors are selected by histograms
+_CHUNK = 1 << 18
 
 
 def count_kept(density: float, size: int) -> int:
@@ -35,54 +40,131 @@ class Cut:
 
     Args:
         threshold (`float`): Entries of larger magnitude are kept.
-        ties (`int`, *optional*): How many entries of exactly this magnitude are kept, those of lowest index first. `None`: all.
+        last (`int`, *optional*): Of the entries of exactly this magnitude those up to this place are kept. `None`: all.
     """
 
     threshold: float
-    ties: int | None = None
+    last: int | None = None
 
     @classmethod
     def nothing(cls) -> Cut:
         """The cut that keeps no entry."""
-        return cls(math.inf, ties=0)
+        return cls(math.inf, last=-1)
 
     def mask(self, values: Tensor) -> Tensor:
         """The entries of `values` that are kept (bool, same shape)."""
         magnitudes = values.abs()
-        if self.ties is None:
+        if self.last is None:
             return magnitudes >= self.threshold
-        mask = magnitudes > self.threshold
-        if self.ties > 0:
-            mask |= _first_true((magnitudes == self.threshold).contiguous(), self.ties)
+        mask = (magnitudes > self.threshold).contiguous()
+        head = slice(0, self.last + 1)
+        mask.view(-1)[head] |= magnitudes.reshape(-1)[head] == self.threshold
         return mask
 
-    def trim(self, values: Tensor) -> Tensor:
-        """The values that are kept, 0 elsewhere. `values` may be changed in place."""
-        if self.ties is None and self.threshold == 0.0:
-            return values
-        if self.ties is None and values.dtype == torch.float32:
-            # One pass instead of four: |x| >= threshold is |x| > the float below it.
-            below = np.nextafter(np.float32(self.threshold), np.float32(0.0))
-            return torch.nn.functional.hardshrink(values, float(below))
-        return values.mul_(self.mask(values))
+    def trim(self, values: Tensor, offset: int = 0) -> Tensor:
+        """The values that are kept, 0 elsewhere.
+
+        Args:
+            values (`torch.Tensor`): float32 or float64; they may be changed in place.
+            offset (`int`): How many entries of the tensor that the cut was made for come before them.
+        """
+        last = values.numel() - 1 if self.last is None else min(self.last - offset, values.numel() - 1)
+        if last < 0:
+            return _larger(values, self.threshold)
+        # One pass instead of four: |x| >= threshold is |x| > the float below it.
+        number = {torch.float32: np.float32, torch.float64: np.float64}[values.dtype]
+        below = float(np.nextafter(number(self.threshold), number(0.0)))
+        if last == values.numel() - 1:
+            return values if self.threshold == 0.0 else _larger(values, below)
+        flat = values.reshape(-1)
+        head = flat[: last + 1] if self.threshold == 0.0 else _larger(flat[: last + 1], below)
+        return torch.cat([head, _larger(flat[last + 1 :], self.threshold)]).view(values.shape)
+
+
+def _larger(values: Tensor, threshold: float) -> Tensor:
+    """The values of magnitude above a threshold, 0 elsewhere."""
+    if threshold == 0.0:
+        return values
+    return torch.zeros_like(values) if threshold == math.inf else torch.nn.functional.hardshrink(values, threshold)
+
+
+Parts = Callable[[], Iterable[Tensor]]
+"""Makes the parts of a tensor, flat and in order, each time that it is called: a large tensor need not be there as a whole."""
 
 
 def cut_largest(values: Tensor, k: int) -> Cut:
-    """The cut that keeps exactly the `k` largest magnitudes of a float32 or float64 tensor without NaN.
+    """The cut that keeps exactly the `k` largest magnitudes of a float32 or float64 tensor without NaN; among equals the lowest
+    index wins.
 
     Cuts of the same tensor are nested: what k keeps, k + 1 keeps too.
     """
-    if k <= 0:
-        return Cut.nothing()
-    if k >= values.numel():
-        return Cut(0.0)
-    if values.dtype == torch.float64:
-        threshold = values.abs().reshape(-1).kthvalue(values.numel() - k + 1).values.item()
-        return Cut(threshold, k - int(torch.count_nonzero(values.abs() > threshold)))
-    high, rank = locate(high_histogram(values), k)
-    histogram = low_histogram(values, high)
-    low, ties = locate(histogram, rank)
-    return Cut(magnitude_of(high, low), None if ties == int(histogram[low]) else ties)
+    return cuts_of_parts(lambda: values.reshape(-1).split(_CHUNK), values.numel(), [k])[0]
+
+
+def cuts_of_parts(parts: Parts, size: int, counts: Sequence[int]) -> list[Cut]:
+    """[`cut_largest`] for several numbers of entries, of a tensor that is given in parts.
+
+    Args:
+        parts (`Callable`): Makes the parts.
+        size (`int`): The number of entries.
+        counts (`Sequence[int]`): How many are kept.
+    """
+    inside = [k for k in counts if 0 < k < size]
+    found = dict(zip(inside, _select(parts, size, inside), strict=True)) if inside else {}
+    return [found[k] if k in found else Cut.nothing() if k <= 0 else Cut(0.0) for k in counts]
+
+
+def _select(parts: Parts, size: int, counts: Sequence[int]) -> list[Cut]:
+    first = next(iter(parts()))
+    if first.dtype == torch.float32 and (first.device.type != "cpu" or size > _PARTITIONED):
+        return _select_by_histograms(parts, counts)
+    return _select_by_partition(parts, size, counts, np.dtype(f"u{first.element_size()}"))
+
+
+def _select_by_partition(parts: Parts, size: int, counts: Sequence[int], unsigned: np.dtype) -> list[Cut]:
+    bits = np.empty(size, unsigned)
+    start = 0
+    for part in parts():
+        np.bitwise_and(
+            part.cpu().numpy().view(unsigned), np.iinfo(unsigned).max >> 1, out=bits[start : start + len(part)]
+        )
+        start += len(part)
+    start, cuts = 0, []
+    for place in [size - k for k in sorted(counts, reverse=True)]:
+        bits[start:].partition(place - start)
+        start = place
+    for place in [size - k for k in counts]:
+        equal = bits == bits[place]
+        ties, total = np.count_nonzero(equal[place:]), np.count_nonzero(equal)
+        threshold = float(bits[place : place + 1].view(f"f{unsigned.itemsize}")[0])
+        cuts.append(Cut(threshold, None if ties == total else _place_of_equal(parts, threshold, ties)))
+    return cuts
+
+
+def _select_by_histograms(parts: Parts, counts: Sequence[int]) -> list[Cut]:
+    highs = sum(high_histogram(part) for part in parts())
+    chosen = [locate(highs, k) for k in counts]
+    lows = {high: sum(low_histogram(part, high) for part in parts()) for high in {high for high, _ in chosen}}
+    cuts = []
+    for high, rank in chosen:
+        low, ties = locate(lows[high], rank)
+        threshold = magnitude_of(high, low)
+        cuts.append(Cut(threshold, None if ties == int(lows[high][low]) else _place_of_equal(parts, threshold, ties)))
+    return cuts
+
+
+def _place_of_equal(parts: Parts, magnitude: float, count: int) -> int:
+    """The index of the `count`-th entry (from 1) of exactly this magnitude."""
+    start = 0
+    for part in parts():
+        values = part.cpu().numpy()
+        equal = (values == magnitude) | (values == -magnitude)
+        inside = np.count_nonzero(equal)
+        if inside >= count:
+            return start + int(np.flatnonzero(equal)[count - 1])
+        count -= inside
+        start += len(part)
+    raise ValueError(f"fewer entries of magnitude {magnitude} than were counted")
 
 
 def kth_largest_magnitude(values: Tensor, k: int) -> float:
@@ -130,20 +212,6 @@ def magnitude_of(high: int, low: int) -> float:
 
 def _magnitude_bits(values: Tensor):
     # Chunks that stay in the cache make this three times as fast on a CPU; elsewhere launches cost more than memory.
-    size = 1 << 18 if values.device.type == "cpu" else 1 << 26
+    size = _CHUNK if values.device.type == "cpu" else 1 << 26
     for chunk in values.reshape(-1).split(size):
         yield chunk.view(torch.int32) & 0x7FFFFFFF
-
-
-def _first_true(mask: Tensor, count: int) -> Tensor:
-    """Keeps the first `count` (at least one) true entries of a contiguous mask, in index order; changes it in place."""
-    flat = mask.view(-1)
-    start = 0
-    for chunk in flat.split(1 << 18):
-        inside = int(torch.count_nonzero(chunk))
-        if inside >= count:
-            flat[start + int(chunk.nonzero()[count - 1, 0]) + 1 :] = False
-            return mask
-        count -= inside
-        start += chunk.numel()
-    return mask

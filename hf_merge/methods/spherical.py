@@ -46,6 +46,17 @@ def row_norms(rows: Tensor) -> Tensor:
     return row_dots(rows, rows).sqrt_()
 
 
+def gram_matrix(vectors: Callable[[int], Tensor], count: int) -> Tensor:
+    """⟨x_i, x_j⟩ of `count` vectors that fit the memory together: float64, (count, count)."""
+    parts = [[part.double() for part in vectors(index).reshape(-1).split(_CHUNK)] for index in range(count)]
+    gram = torch.zeros(count, count, dtype=torch.float64)
+    for row in range(count):
+        for column in range(row + 1):
+            inner = sum(float(_sum(x * y)) for x, y in zip(parts[row], parts[column], strict=True))
+            gram[row, column] = gram[column, row] = inner
+    return gram
+
+
 def slerp_rows(t: float, first: Tensor, second: Tensor, threshold: float = 1.0) -> Tensor:
     """Spherical interpolation between the rows of two matrices: (sin((1−t)θ) x + sin(tθ) y) / sin θ (Shoemake 1985).
 
@@ -60,15 +71,25 @@ def slerp_rows(t: float, first: Tensor, second: Tensor, threshold: float = 1.0) 
     Returns:
         `torch.Tensor`: A new tensor, (rows, entries).
     """
-    lengths = row_norms(first).mul_(row_norms(second))
-    cos = row_dots(first, second).div_(lengths.masked_fill(lengths == 0, 1.0)).clamp_(-1.0, 1.0)
+    near, far = slerp_weights(t, row_dots(first, second), row_norms(first).mul_(row_norms(second)), threshold)
+    return first * near.to(first.dtype) + second * far.to(second.dtype)
+
+
+def slerp_weights(t: float, dots: Tensor, lengths: Tensor, threshold: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What [`slerp_rows`] multiplies its two vectors with.
+
+    Args:
+        t, threshold (`float`): As there.
+        dots (`torch.Tensor`): ⟨x, y⟩, float64.
+        lengths (`torch.Tensor`): ‖x‖ ‖y‖, float64, of the same shape; it may be changed.
+    """
+    cos = dots.div(lengths.masked_fill(lengths == 0, 1.0)).clamp_(-1.0, 1.0)
     angle = torch.acos(cos)
     sine = torch.sin(angle)
     linear = (lengths == 0) | (cos.abs() > threshold) | (sine < _LINEAR_SINE)
     sine = sine.masked_fill_(linear, 1.0)
     near = torch.where(linear, 1.0 - t, torch.sin((1.0 - t) * angle) / sine)
-    far = torch.where(linear, t, torch.sin(t * angle) / sine)
-    return first * near.to(first.dtype) + second * far.to(second.dtype)
+    return near, torch.where(linear, t, torch.sin(t * angle) / sine)
 
 
 def unit_gram(vector: Callable[[int], Tensor], count: int) -> tuple[Tensor, Tensor]:

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import TensorGroup, TensorMethod
+from .base import TensorGroup
 from .selection import (
     HIGH_BINS,
     LOW_BINS,
     Cut,
     count_kept,
-    cut_largest,
+    cuts_of_parts,
     high_histogram,
     locate,
     low_histogram,
     magnitude_of,
 )
+from .sparsify import SparseMethod, masked, task_vector_parts
 
 
 Target = tuple[str, float]
@@ -33,7 +34,7 @@ Observation = dict[str, tuple[float, dict[int, SparseHistogram]]]
 """For each expert its density and its histograms: of the high bits under the key -1, or of the low bits under the high ones."""
 
 
-class TrimmingMethod(TensorMethod):
+class TrimmingMethod(SparseMethod):
     """A method that trims each task vector to the `density` largest entries, with the settings `density` and `scope`.
 
     With `scope="model"` an expert's threshold is the k-th largest magnitude (float32) over all parameters that are merged. It is
@@ -41,28 +42,23 @@ class TrimmingMethod(TensorMethod):
     order of the parameters does not matter.
     """
 
-    requires_base = True
-    changes_only = True
-
     def __init__(self) -> None:
         self._bins: dict[Target, tuple[int, int]] = {}
         self._cuts: dict[Target, Cut] = {}
 
-    def cut(self, group: TensorGroup, index: int) -> Cut:
+    def mark(self, group: TensorGroup, index: int) -> Cut:
         """What separates the entries of expert `index` that are kept in this parameter."""
         density = group.settings.density[index]
         if group.settings.scope == "model":
             return self._cuts[group.expert_names[index], density]
-        return cut_largest(group.task_vector(index), count_kept(density, group.shape.numel()))
+        size = group.shape.numel()
+        return cuts_of_parts(task_vector_parts(group, index), size, [count_kept(density, size)])[0]
 
-    def kept(self, group: TensorGroup, vector: Tensor, cut: Cut) -> Tensor:
-        """The mask (bool) of the entries of a task vector that a cut keeps."""
-        return cut.mask(vector.float() if group.settings.scope == "model" else vector)
-
-    def trim(self, group: TensorGroup, index: int, cut: Cut) -> Tensor:
-        """The task vector of expert `index` without the entries that a cut drops, a new tensor."""
-        vector = group.task_vector(index)
-        return cut.trim(vector) if vector.dtype == torch.float32 else vector.mul_(self.kept(group, vector, cut))
+    def sparsify(self, piece: TensorGroup, index: int, mark: Cut) -> Tensor:
+        vector = piece.task_vector(index)
+        if piece.settings.scope == "model" and vector.dtype != torch.float32:
+            return masked(vector, mark.mask(vector.float()))
+        return mark.trim(vector, piece.offset)
 
     def rounds(self, settings: Any) -> int:
         return 2 if settings.scope == "model" else 0

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_merge import Merger, ProDistillArguments, ProDistillConfig
 from hf_merge.errors import ConfigError
-from hf_merge.methods.base import keyed_generator
+from hf_merge.methods.groups import keyed_generator
 
 from ..zoo import ZOO, Inputs, perturbed
 

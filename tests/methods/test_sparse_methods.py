@@ -13,7 +13,8 @@ from hf_merge.methods.base import ParameterKind
 from hf_merge.methods.breadcrumbs import Breadcrumbs
 from hf_merge.methods.dare import Dare
 from hf_merge.methods.della import Della
-from hf_merge.methods.della.method import keep_probabilities
+from hf_merge.methods.della.method import keep_probabilities, rising_order
+from hf_merge.methods.rows import as_rows, from_rows
 
 from .elementwise import dense_elect_and_merge, dense_task_vectors, dense_trim, make_group, merge, random_models
 
@@ -26,7 +27,14 @@ every_combination = pytest.mark.parametrize("combination", ["linear", "ties"])
 def sparse_vectors(config, base, experts, **kwargs):
     group = make_group(config, base, experts, **kwargs)
     method = METHODS[type(config)]()
-    return torch.stack([method.sparsify(group, index) for index in range(len(experts))])
+    return torch.stack(method.sparse_vectors(group, method.prepare(group)))
+
+
+def probabilities(vector, kind, density, epsilon):
+    """The probability with which DELLA keeps each entry."""
+    rows = as_rows(vector, kind)
+    by_rank = keep_probabilities(rows.shape[1], density, epsilon).float().expand(rows.shape)
+    return from_rows(torch.empty_like(rows).scatter_(1, rising_order(rows), by_rank), vector, kind)
 
 
 # -- laws -------------------------------------------------------------------------------------------------------------
@@ -149,41 +157,41 @@ def test_dare_agrees_with_peft_on_the_same_masks(monkeypatch, combination: str, 
 
 def test_della_probabilities_rise_linearly_with_the_rank_in_the_row():
     vector = torch.tensor([[0.1, -0.4, 0.2, -0.3], [5.0, 6.0, -8.0, 7.0]])
-    found = keep_probabilities(vector, ParameterKind.LINEAR, 0.5, 0.3)
+    found = probabilities(vector, ParameterKind.LINEAR, 0.5, 0.3)
     torch.testing.assert_close(found, torch.tensor([[0.35, 0.65, 0.45, 0.55], [0.35, 0.45, 0.65, 0.55]]))
 
 
 def test_della_ranks_are_not_rounded():
     vector = torch.arange(4096.0).view(1, -1)
-    assert keep_probabilities(vector, ParameterKind.LINEAR, 0.5, 0.1).unique().numel() == 4096
+    assert probabilities(vector, ParameterKind.LINEAR, 0.5, 0.1).unique().numel() == 4096
 
 
 def test_della_ranks_a_whole_filter_of_a_convolution():
     vector = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    found = keep_probabilities(vector, ParameterKind.CONVOLUTION, 0.5, 0.1)
-    assert torch.equal(found.view(4, 12), keep_probabilities(vector.view(4, 12), ParameterKind.LINEAR, 0.5, 0.1))
+    found = probabilities(vector, ParameterKind.CONVOLUTION, 0.5, 0.1)
+    assert torch.equal(found.view(4, 12), probabilities(vector.view(4, 12), ParameterKind.LINEAR, 0.5, 0.1))
 
 
 def test_della_ranks_what_one_output_unit_reads_in_every_stored_form():
     matrix = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
-    expected = keep_probabilities(matrix, ParameterKind.LINEAR, 0.5, 0.1)
-    assert torch.equal(keep_probabilities(matrix.T, ParameterKind.TRANSPOSED_LINEAR, 0.5, 0.1), expected.T)
+    expected = probabilities(matrix, ParameterKind.LINEAR, 0.5, 0.1)
+    assert torch.equal(probabilities(matrix.T, ParameterKind.TRANSPOSED_LINEAR, 0.5, 0.1), expected.T)
     stacked = torch.stack([matrix, matrix])
-    found = keep_probabilities(stacked, ParameterKind.EXPERT_LINEAR, 0.5, 0.1)
+    found = probabilities(stacked, ParameterKind.EXPERT_LINEAR, 0.5, 0.1)
     assert torch.equal(found, torch.stack([expected, expected]))
-    found = keep_probabilities(stacked.mT, ParameterKind.TRANSPOSED_EXPERT_LINEAR, 0.5, 0.1)
+    found = probabilities(stacked.mT, ParameterKind.TRANSPOSED_EXPERT_LINEAR, 0.5, 0.1)
     assert torch.equal(found, torch.stack([expected, expected]).mT)
 
 
 @pytest.mark.parametrize("shape", [(1,), (8, 1), (1, 1), ()])
 def test_della_keeps_rows_of_one_entry_with_the_density(shape):
-    assert (keep_probabilities(torch.ones(shape), ParameterKind.OTHER, 0.3, 0.1) == torch.tensor(0.3)).all()
+    assert (probabilities(torch.ones(shape), ParameterKind.OTHER, 0.3, 0.1) == torch.tensor(0.3)).all()
 
 
 @pytest.mark.parametrize("density", [0.02, 0.5, 0.98])
 def test_della_range_stays_inside_probabilities_and_around_the_density(density: float):
     vector = torch.randn(3, 101, generator=torch.Generator().manual_seed(0))
-    found = keep_probabilities(vector, ParameterKind.LINEAR, density, 1.0)
+    found = probabilities(vector, ParameterKind.LINEAR, density, 1.0)
     assert 0.0 <= found.min()
     assert found.max() <= 1.0
     assert found.mean().item() == pytest.approx(density, abs=1e-6)
@@ -193,7 +201,7 @@ def test_della_divides_each_entry_by_its_own_probability():
     base, experts = random_models((4, 50), 1)
     sparse = sparse_vectors(DellaConfig(density=0.5, epsilon=0.6), base, experts)[0]
     vector = experts[0] - base
-    expected = vector / keep_probabilities(vector, ParameterKind.LINEAR, 0.5, 0.6)
+    expected = vector / probabilities(vector, ParameterKind.LINEAR, 0.5, 0.6)
     torch.testing.assert_close(sparse[sparse != 0], expected[sparse != 0])
 
 

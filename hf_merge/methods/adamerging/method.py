@@ -13,7 +13,6 @@ from ..model_base import ModelGroup, ModelMethod
 from ..model_outputs import mean_entropy, run_logits
 from ..model_training import ModelTraining
 from ..prodistill.coefficients import Coefficients
-from ..sparsify import elect_positive
 from ..ties.method import Ties
 
 
@@ -69,16 +68,9 @@ class AdaMergingPlusPlus(AdaMerging):
 
 def agreeing(ties: Ties, group: TensorGroup) -> list[Tensor]:
     """The trimmed task vectors τ̂_i without the entries that lost the election."""
-    cuts = [ties.cut(group, index) for index in range(len(group))]
-    settings = group.settings
-    positive = elect_positive(
-        lambda index: ties.trim(group, index, cuts[index]), settings.weights, settings.majority_sign
-    )
-    vectors = []
-    for index, cut in enumerate(cuts):
-        vector = ties.trim(group, index, cut)
-        vectors.append(vector.mul_(torch.where(positive, vector > 0, vector < 0)))
-    return vectors
+    sparsity = ties.prepare(group)
+    vectors = ties.sparse_vectors(group, sparsity)
+    return sparsity.election.agreeing(vectors)
 
 
 def _around_zero(group: TensorGroup, vectors: list[Tensor]) -> TensorGroup:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..base import TensorGroup, TensorMethod
+from ..base import ElementwiseMethod, TensorGroup
 from ..sparsify import weighted_sum
 
 
-class ConsensusTa(TensorMethod):
+class ConsensusTa(ElementwiseMethod):
     """θ_0 + λ m ⊙ τ, τ = Σ w_i τ_i, where m keeps the entries that at least k tasks use.
 
     Task i uses an entry when |τ_i| ≥ |τ − τ_i| t_i: its TALL mask (arXiv 2405.07813). As by default in the authors' code the
@@ -20,10 +20,10 @@ class ConsensusTa(TensorMethod):
     changes_only = True
     min_experts = 2
 
-    def merge(self, group: TensorGroup) -> Tensor:
-        settings = group.settings
-        total = weighted_sum(group.task_vector, settings.weights)
-        users = torch.zeros(group.shape, dtype=torch.int16, device=total.device)
-        for threshold, vector in zip(settings.t, group.task_vectors(), strict=True):
+    def merge_piece(self, piece: TensorGroup, prepared: None) -> Tensor:
+        settings = piece.settings
+        total = weighted_sum(piece.task_vectors(), settings.weights)
+        users = torch.zeros(piece.shape, dtype=torch.int16, device=piece.device)
+        for threshold, vector in zip(settings.t, piece.task_vectors(), strict=True):
             users += vector.abs() >= (total - vector).abs_().mul_(threshold)
-        return total.mul_(users >= settings.k).mul_(settings.scaling).add_(group.base)
+        return total.mul_(users >= settings.k).mul_(settings.scaling).add_(piece.base)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..base import TensorGroup
-from ..sparsify import SparseMethod, restore_norm
-from ..spherical import l1_norm
+from ..sparsify import SparseMethod, masked
 
 
 class Dare(SparseMethod):
     """m ~ Bernoulli(1 − p), τ̂ = m ⊙ τ / (1 − p) with p = 1 − density (arXiv 2311.03099)."""
 
-    def sparsify(self, group: TensorGroup, index: int) -> Tensor:
-        density, rescale = group.settings.density[index], group.settings.rescale
-        vector = group.task_vector(index)
+    def sparsify(self, piece: TensorGroup, index: int, mark: Any) -> Tensor:
+        density, vector = piece.settings.density[index], piece.task_vector(index)
         if density == 1.0:
             return vector
-        norm = l1_norm(vector) if rescale == "norm" else 0.0
-        vector.mul_(group.keep_mask(index, density))
-        if rescale == "norm":
-            return restore_norm(vector, norm)
-        return vector.div_(density) if rescale == "probability" and density > 0.0 else vector
+        masked(vector, piece.keep_mask(index, density))
+        return vector.div_(density) if piece.settings.rescale == "probability" and density > 0.0 else vector

@@ -2,61 +2,72 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import ParameterKind, TensorGroup
-from ..rows import as_rows, from_rows
-from ..sparsify import SparseMethod, restore_norm
-from ..spherical import l1_norm
-
-
-_CHUNK = 1 << 22  # entries ranked at a time: ranks are int64, and an embedding's would not fit the memory law
+from ..base import TensorGroup
+from ..rows import from_piece_rows, piece_rows, row_length, row_unit
+from ..sparsify import SparseMethod, masked
 
 
 class Della(SparseMethod):
-    """m ~ Bernoulli(1 − p_j), τ̂ = m ⊙ τ / (1 − p_j), where p_j falls linearly with the rank of |τ_j| in its row."""
+    """m ~ Bernoulli(1 − p_j), τ̂ = m ⊙ τ / (1 − p_j), where p_j falls linearly with the rank of |τ_j| in its row.
 
-    def sparsify(self, group: TensorGroup, index: int) -> Tensor:
-        settings = group.settings
-        density = settings.density[index]
-        if density in (0.0, 1.0):
-            return group.task_vector(index).mul_(density)
-        vector = group.task_vector(index)
-        keep = keep_probabilities(vector, group.kind, density, settings.epsilon[index])
-        norm = l1_norm(vector) if settings.rescale == "norm" else 0.0
-        vector.mul_(group.keep_mask(index, keep))
-        if settings.rescale == "norm":
-            return restore_norm(vector, norm)
-        if settings.rescale == "probability":
-            vector.div_(keep.clamp_(min=torch.finfo(keep.dtype).tiny))
-        return vector
+    A row is what one output unit reads, a convolution's whole filter; a vector is one row.
+    """
+
+    def unit(self, group: TensorGroup) -> int | None:
+        return row_unit(group.shape, group.kind)
+
+    def mark(self, group: TensorGroup, index: int) -> int:
+        """The length of a row."""
+        return row_length(group.shape, group.kind)
+
+    def sparsify(self, piece: TensorGroup, index: int, mark: int) -> Tensor:
+        density, vector = piece.settings.density[index], piece.task_vector(index)
+        if density in (0.0, 1.0) or vector.numel() == 0:
+            return vector.mul_(density)
+        rows = piece_rows(vector, piece.kind, mark)
+        order = rising_order(rows)
+        keep = keep_probabilities(mark, density, piece.settings.epsilon[index]).to(order.device)
+        draws = torch.from_numpy(piece.draws(index).astype(np.int64)).to(order.device).view(rows.shape)
+        masked(rows, draws < _in_order(keep.mul(2**32).round_().long(), order))
+        if piece.settings.rescale == "probability":
+            rows.mul_(_in_order(keep.reciprocal().to(rows.dtype), order))
+        return from_piece_rows(rows, vector, piece.kind)
 
 
-def keep_probabilities(vector: Tensor, kind: ParameterKind, density: float, epsilon: float) -> Tensor:
-    """1 − p_j for every entry: from density − ε/2 for the smallest magnitude of a row to density + ε/2 for the largest.
+def rising_order(rows: Tensor) -> Tensor:
+    """The places of each row's entries in the order of their magnitude, equal ones in the order of their places: int64."""
+    if rows.device.type != "cpu" or rows.dtype != torch.float32:
+        return rows.abs().argsort(dim=1, stable=True)
+    # Magnitudes as integers with the place below them: one sort of integers, ten times as fast as a stable sort of floats.
+    keys = (rows.view(torch.int32) & 0x7FFFFFFF).numpy().astype(np.uint64)
+    keys <<= np.uint64(32)
+    keys |= np.arange(rows.shape[1], dtype=np.uint64)
+    keys.sort(axis=1)
+    keys &= np.uint64(0xFFFFFFFF)
+    return torch.from_numpy(keys.view(np.int64))
 
-    A row is what one output unit reads, a convolution's whole filter; a vector is one row. A row of one entry is kept with the
-    density itself.
+
+def keep_probabilities(width: int, density: float, epsilon: float) -> Tensor:
+    """1 − p for every rank of a row: from density − ε/2 for the smallest magnitude to density + ε/2 for the largest.
 
     Args:
-        vector (`torch.Tensor`): A task vector of any shape.
-        kind ([`ParameterKind`]): What the parameter is, which decides what its rows are.
+        width (`int`): The length of the row. A row of one entry is kept with the density itself.
         density (`float`): The mean, in (0, 1).
-        epsilon (`float`): The width ε of the range.
+        epsilon (`float`): The width ε of the range; less where it would leave [0, 1].
 
     Returns:
-        `torch.Tensor`: In the shape and dtype of `vector`.
+        `torch.Tensor`: float64, (width,).
     """
-    rows = as_rows(vector, kind)
-    width = rows.shape[1]
-    if width < 2:
-        return torch.full_like(vector, density)
-    half = min(epsilon / 2, density, 1 - density)
-    ramp = torch.linspace(density - half, density + half, width, dtype=vector.dtype, device=vector.device)
-    probabilities = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-    step = max(1, _CHUNK // width)
-    for part, source in zip(probabilities.split(step), rows.split(step), strict=True):
-        order = source.abs().argsort(dim=1, stable=True)
-        part.scatter_(1, order, ramp.expand_as(part))
-    return from_rows(probabilities, vector, kind)
+    half = min(epsilon / 2, density, 1 - density) if width > 1 else 0.0
+    return torch.linspace(density - half, density + half, width, dtype=torch.float64)
+
+
+def _in_order(by_rank: Tensor, order: Tensor) -> Tensor:
+    """Values given by rank, at the places that have these ranks in each row."""
+    return torch.empty(order.shape, dtype=by_rank.dtype, device=order.device).scatter_(
+        1, order, by_rank.expand(order.shape)
+    )

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...low_rank import Factors, concatenated
-from ..base import LowRankGroup, TensorGroup, TensorMethod
+from ..base import ElementwiseMethod, LowRankGroup, TensorGroup
 from .config import LinearConfig
 
 
-class LinearMerge(TensorMethod):
+class LinearMerge(ElementwiseMethod):
     """Σ w_i θ_i (÷ Σ w_i). Needs no base model."""
 
     merges_buffers = True
@@ -26,12 +26,12 @@ class LinearMerge(TensorMethod):
     def merged_rank(cls, ranks: Sequence[int], settings: LinearConfig) -> int:
         return sum(ranks)
 
-    def merge(self, group: TensorGroup) -> Tensor:
-        settings = group.settings
-        total = torch.zeros(group.shape, dtype=group.dtype, device=group.stored_experts[0].device)
-        for weight, expert in zip(settings.weights, group.experts(), strict=True):
+    def merge_piece(self, piece: TensorGroup, prepared: None) -> Tensor:
+        settings = piece.settings
+        total = torch.zeros(piece.shape, dtype=piece.dtype, device=piece.device)
+        for weight, expert in zip(settings.weights, piece.experts(), strict=True):
             total.add_(expert, alpha=weight)
-        return total.div_(normalizer(settings.weights, group.name)) if settings.normalize else total
+        return total.div_(normalizer(settings.weights, piece.name)) if settings.normalize else total
 
     def merge_low_rank(self, group: LowRankGroup) -> Factors:
         total = normalizer(group.settings.weights, group.name)

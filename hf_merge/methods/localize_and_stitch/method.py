@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..base import TensorGroup
+from ..sparsify import Sparsity
 from ..trimming import TrimmingMethod
 
 
@@ -15,13 +16,13 @@ class LocalizeAndStitch(TrimmingMethod):
     Where the regions of several experts overlap, those experts are averaged.
     """
 
-    def merge(self, group: TensorGroup) -> Tensor:
-        merged = torch.zeros_like(group.base)
-        owners = torch.zeros(group.shape, dtype=torch.int16, device=merged.device)
-        for index in range(len(group)):
-            cut = self.cut(group, index)
-            vector = group.task_vector(index)
-            mask = self.kept(group, vector, cut)
-            merged += vector.mul_(mask)
-            owners += mask
-        return merged.div_(owners.clamp_(min=1)).mul_(group.settings.scaling).add_(group.base)
+    def prepare(self, group: TensorGroup) -> Sparsity:
+        return Sparsity([self.mark(group, index) for index in range(len(group))], None, None)
+
+    def merge_piece(self, piece: TensorGroup, prepared: Sparsity) -> Tensor:
+        merged, owners = torch.zeros_like(piece.base), torch.zeros_like(piece.base)
+        for index, cut in enumerate(prepared.marks):
+            region = self.sparsify(piece, index, cut)
+            merged += region
+            owners += region.sign_().abs_()
+        return merged.div_(owners.clamp_(min=1.0)).mul_(piece.settings.scaling).add_(piece.base)

@@ -5,33 +5,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..base import TensorGroup, TensorMethod
-from ..rows import as_rows, from_rows
-from ..spherical import row_norms
+from ..base import ElementwiseMethod, TensorGroup
+from ..rows import from_piece_rows, piece_rows, row_length, row_unit
+from ..spherical import gram_matrix, row_norms
 
 
-class ModelStock(TensorMethod):
+class ModelStock(ElementwiseMethod):
     """θ_0 + t · mean τ, with t from the mean angle θ between the task vectors; see [`interpolation_ratio`]."""
 
     requires_base = True
     changes_only = True
     min_experts = 2
 
-    def merge(self, group: TensorGroup) -> Tensor:
-        total = torch.zeros_like(group.base)
-        directions, nonzero = 0.0, 0
-        for vector in group.task_vectors():
+    def unit(self, group: TensorGroup) -> int | None:
+        return row_unit(group.shape, group.kind) if group.settings.filter_wise else 1
+
+    def prepare(self, group: TensorGroup) -> float | int:
+        """t of the parameter, or the length of its rows where every row has its own."""
+        if group.settings.filter_wise:
+            return row_length(group.shape, group.kind)
+        gram = sum(gram_matrix(piece.task_vector, len(piece)) for piece in group.pieces())
+        norms = gram.diagonal().sqrt()
+        units = norms.masked_fill(norms == 0, 1.0).reciprocal_()
+        ratio = float(interpolation_ratio(units @ gram @ units, torch.count_nonzero(norms), len(group)))
+        group.report["ratio"] = ratio
+        return ratio
+
+    def merge_piece(self, piece: TensorGroup, prepared: float) -> Tensor:
+        total = torch.zeros_like(piece.base)
+        for vector in piece.task_vectors():
             total += vector
-            rows = as_rows(vector, group.kind) if group.settings.filter_wise else vector.reshape(1, -1)
-            norms = row_norms(rows)
-            directions = rows.div_(norms.masked_fill(norms == 0, 1.0)) + directions
-            nonzero = (norms > 0) + nonzero
-        ratio = interpolation_ratio(row_norms(directions).square_(), nonzero, len(group))
-        group.report["ratio"] = ratio.mean().item()
-        rows = as_rows(total, group.kind) if group.settings.filter_wise else total.reshape(1, -1)
-        scaled = rows * (ratio / len(group)).to(rows.dtype)
-        merged = from_rows(scaled, total, group.kind) if group.settings.filter_wise else scaled.view(total.shape)
-        return merged.add_(group.base)
+        if piece.settings.filter_wise:
+            rows = piece_rows(total, piece.kind, prepared)
+            total = from_piece_rows(rows.mul_(_row_ratios(piece, prepared).to(rows.dtype)), total, piece.kind)
+        else:
+            total.mul_(prepared)
+        return total.div_(len(piece)).add_(piece.base)
+
+
+def _row_ratios(piece: TensorGroup, length: int) -> Tensor:
+    """t of every row: float64, (rows, 1)."""
+    directions, nonzero = 0.0, 0
+    for vector in piece.task_vectors():
+        rows = piece_rows(vector, piece.kind, length)
+        norms = row_norms(rows)
+        directions = rows.div_(norms.masked_fill(norms == 0, 1.0)) + directions
+        nonzero = (norms > 0) + nonzero
+    return interpolation_ratio(row_norms(directions).square_(), nonzero, len(piece))
 
 
 def interpolation_ratio(squared_sum: Tensor, nonzero: Tensor, n: int) -> Tensor:

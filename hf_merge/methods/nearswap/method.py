@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..base import TensorGroup, TensorMethod
+from ..base import ElementwiseMethod, TensorGroup
 
 
-class NearSwap(TensorMethod):
+class NearSwap(ElementwiseMethod):
     """θ_0 + clamp(τ, −t, t) for one expert.
 
     The usual form q θ_1 + (1 − q) θ_0 with q = min(1, t / |τ|) is the same: q τ is τ up to |τ| = t and has the length t above.
@@ -17,6 +17,6 @@ class NearSwap(TensorMethod):
     changes_only = True
     max_experts = 1
 
-    def merge(self, group: TensorGroup) -> Tensor:
-        t = group.settings.t
-        return group.task_vector(0).clamp_(-t, t).add_(group.base)
+    def merge_piece(self, piece: TensorGroup, prepared: None) -> Tensor:
+        t = piece.settings.t
+        return piece.task_vector(0).clamp_(-t, t).add_(piece.base)

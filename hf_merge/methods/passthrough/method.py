@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..base import TensorGroup, TensorMethod
+from ..base import ElementwiseMethod, TensorGroup
 
 
-class Passthrough(TensorMethod):
+class Passthrough(ElementwiseMethod):
     """s θ_1 for one expert."""
 
     merges_buffers = True
     max_experts = 1
 
-    def merge(self, group: TensorGroup) -> Tensor:
-        return group.expert(0) * group.settings.scaling
+    def merge_piece(self, piece: TensorGroup, prepared: None) -> Tensor:
+        return piece.expert(0) * piece.settings.scaling

@@ -21,7 +21,7 @@ class Pcb(TensorMethod):
 
     def merge(self, group: TensorGroup) -> Tensor:
         settings = group.settings
-        total = weighted_sum(group.task_vector, [1.0] * len(group))
+        total = weighted_sum(group.task_vectors(), [1.0] * len(group))
         merged, mass = torch.zeros_like(total), torch.zeros_like(total)
         for index, vector in enumerate(group.task_vectors()):
             clipped = clip_outliers(vector)

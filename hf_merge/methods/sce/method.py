@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ..base import TensorGroup, TensorMethod
-from ..selection import count_kept, largest_mask
-from ..sparsify import disjoint_merge, elect_positive
+from ..base import ElementwiseMethod, TensorGroup
+from ..selection import Cut, count_kept, cut_largest
+from ..sparsify import Election, masked
 from ..spherical import dot
 
 
-class Sce(TensorMethod):
+@dataclass
+class Selection:
+    """What is known of a parameter before its pieces are merged.
+
+    Args:
+        mask (`torch.Tensor`, *optional*): The entries that are selected (bool, flat); `None`: all.
+        coefficients (`list[float]`): c_i.
+        election ([`Election`]): The signs.
+    """
+
+    mask: Tensor | None
+    coefficients: list[float]
+    election: Election
+
+
+class Sce(ElementwiseMethod):
     """θ_0 + Σ c_i m_i τ̂_i / Σ c_i m_i: τ̂_i keeps the selected entries, c_i ∝ ‖τ̂_i‖², m_i keeps the elected sign.
 
     The coefficients are relative: unlike in mergekit small task vectors do not make them uniform.
@@ -20,36 +37,52 @@ class Sce(TensorMethod):
     requires_base = True
     changes_only = True
 
-    def merge(self, group: TensorGroup) -> Tensor:
+    def prepare(self, group: TensorGroup) -> Selection:
         mask = select(group, group.settings.density)
 
-        def selected(index: int) -> Tensor:
-            vector = group.task_vector(index)
-            return vector if mask is None else vector.mul_(mask)
+        def energies_of(piece: TensorGroup) -> Tensor:
+            return torch.tensor([dot(vector, vector) for vector in _selected(piece, mask)], dtype=torch.float64)
 
-        energies = [dot(vector, vector) for vector in map(selected, range(len(group)))]
-        total = sum(energies)
-        if total == 0.0:
-            return group.base.clone()
-        positive = elect_positive(selected, [1.0] * len(group), "total")
-        merged = disjoint_merge(selected, [energy / total for energy in energies], positive, mean=True)
-        return merged.add_(group.base)
+        energies = sum(energies_of(piece) for piece in group.pieces())
+        coefficients = energies.div_(energies.sum() or 1.0).tolist()
+        return Selection(mask, coefficients, Election([1.0] * len(group), "total"))
+
+    def merge_piece(self, piece: TensorGroup, prepared: Selection) -> Tensor:
+        vectors = _selected(piece, prepared.mask)
+        return prepared.election.merge(vectors, piece.offset, prepared.coefficients, mean=True).add_(piece.base)
+
+    def correct(self, piece: TensorGroup, prepared: Selection) -> tuple[Tensor, Tensor] | None:
+        corrected = prepared.election.correct(piece.offset, mean=True)
+        if corrected is None:
+            return None
+        places, values = corrected
+        return places, values.add_(piece.base.reshape(-1)[places])
 
 
 def select(group: TensorGroup, density: float) -> Tensor | None:
-    """The mask of the entries of largest variance over the experts; `None` when all are kept."""
+    """The mask of the entries of largest variance over the experts, flat; `None` when all are kept."""
     if density >= 1.0:
         return None
-    variance = _variance(group)
-    return largest_mask(variance, count_kept(density, int(torch.count_nonzero(variance))))
+    variance = torch.cat([_variance(piece) for piece in group.pieces()])
+    cut: Cut = cut_largest(variance, count_kept(density, int(torch.count_nonzero(variance))))
+    return cut.mask(variance)
 
 
-def _variance(group: TensorGroup) -> Tensor:
+def _selected(piece: TensorGroup, mask: Tensor | None) -> list[Tensor]:
+    """τ̂_i in a piece."""
+    vectors = list(piece.task_vectors())
+    if mask is None:
+        return vectors
+    part = mask[piece.offset : piece.offset + piece.shape.numel()]
+    return [masked(vector, part) for vector in vectors]
+
+
+def _variance(piece: TensorGroup) -> Tensor:
     """The variance over the experts of every entry, exactly 0 where they are equal: moments of the distance to the first."""
-    first = group.expert(0)
+    first = piece.expert(0)
     mean, square = torch.zeros_like(first), torch.zeros_like(first)
-    for index in range(1, len(group)):
-        distance = group.expert(index) - first
+    for index in range(1, len(piece)):
+        distance = piece.expert(index) - first
         mean += distance
         square.addcmul_(distance, distance)
-    return square.div_(len(group)).sub_(mean.div_(len(group)).square_()).clamp_(min=0.0)
+    return square.div_(len(piece)).sub_(mean.div_(len(piece)).square_()).clamp_(min=0.0)

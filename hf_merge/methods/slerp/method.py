@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..base import TensorGroup, TensorMethod
-from ..spherical import slerp_rows
+from ..base import ElementwiseMethod, TensorGroup
+from ..spherical import gram_matrix, slerp_weights
 
 
-class Slerp(TensorMethod):
-    """(sin((1−t)θ) x + sin(tθ) y) / sin θ for each parameter as one vector; see [`slerp_rows`].
+class Slerp(ElementwiseMethod):
+    """(sin((1−t)θ) x + sin(tθ) y) / sin θ for each parameter as one vector; see [`slerp_weights`].
 
     x and y are the two experts (the base model is not used then), or the base model and the only expert. A parameter that only
     the one expert has is taken from it.
@@ -25,10 +25,23 @@ class Slerp(TensorMethod):
             ]
         return super().refusals(name, experts, has_base)
 
-    def merge(self, group: TensorGroup) -> Tensor:
-        if len(group) == 1 and group.base is None:
-            return group.mean()
-        first, second = (group.base, group.expert(0)) if len(group) == 1 else group.experts()
-        settings = group.settings
-        merged = slerp_rows(settings.t, first.reshape(1, -1), second.reshape(1, -1), settings.threshold)
-        return merged.view(group.shape)
+    def prepare(self, group: TensorGroup) -> tuple[float, float] | None:
+        """The factors of x and y."""
+        if len(group) == 1 and group.stored_base is None:
+            return None
+        gram = sum(gram_matrix(_ends(piece).__getitem__, 2) for piece in group.pieces())
+        near, far = slerp_weights(
+            group.settings.t, gram[0, 1], gram.diagonal().sqrt().prod(), group.settings.threshold
+        )
+        return float(near), float(far)
+
+    def merge_piece(self, piece: TensorGroup, prepared: tuple[float, float] | None) -> Tensor:
+        if prepared is None:
+            return piece.mean()
+        first, second = _ends(piece)
+        return first.mul(prepared[0]).add_(second, alpha=prepared[1])
+
+
+def _ends(piece: TensorGroup) -> tuple[Tensor, Tensor]:
+    """x and y."""
+    return (piece.base, piece.expert(0)) if len(piece) == 1 else (piece.expert(0), piece.expert(1))

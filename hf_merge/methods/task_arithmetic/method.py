@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ...low_rank import Factors, concatenated
-from ..base import LowRankGroup, TensorGroup, TensorMethod
+from ..base import ElementwiseMethod, LowRankGroup, TensorGroup
 from ..linear.method import normalizer
 
 
-class TaskArithmetic(TensorMethod):
+class TaskArithmetic(ElementwiseMethod):
     """θ_0 + λ Σ w_i τ_i."""
 
     requires_base = True
@@ -23,14 +23,14 @@ class TaskArithmetic(TensorMethod):
     def merged_rank(cls, ranks: Sequence[int], settings: Any) -> int:
         return sum(ranks)
 
-    def merge(self, group: TensorGroup) -> Tensor:
-        settings = group.settings
-        total = torch.zeros_like(group.base)
-        for weight, vector in zip(settings.weights, group.task_vectors(), strict=True):
+    def merge_piece(self, piece: TensorGroup, prepared: None) -> Tensor:
+        settings = piece.settings
+        total = torch.zeros_like(piece.base)
+        for weight, vector in zip(settings.weights, piece.task_vectors(), strict=True):
             total.add_(vector, alpha=weight)
         if settings.normalize:
-            total.div_(normalizer(settings.weights, group.name))
-        return total.mul_(settings.scaling).add_(group.base)
+            total.div_(normalizer(settings.weights, piece.name))
+        return total.mul_(settings.scaling).add_(piece.base)
 
     def merge_low_rank(self, group: LowRankGroup) -> Factors:
         settings = group.settings

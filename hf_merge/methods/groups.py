@@ -1,0 +1,201 @@
+"""What a method is given: one parameter of every model that takes part in a merge."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kinds import ParameterKind
+from ..low_rank import Factors
+
+
+PIECE = 1 << 17
+"""How many entries of a parameter are merged at a time on a CPU: what one step reads, is still in the cache in the next."""
+
+_LARGE_PIECE = 1 << 24  # elsewhere launches cost more than memory
+
+_DRAWS_PER_COUNT = 8  # Philox makes four 64-bit words per step of its counter: eight draws of 32 bits
+
+
+def keyed_generator(seed: int, *words: str) -> np.random.Generator:
+    """A counter-based generator (Philox) that depends on the seed and the words, and on nothing else."""
+    text = "\0".join((str(seed), *words))
+    key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+@dataclass
+class TensorGroup:
+    """One parameter of every model that takes part, and what a method may know about it.
+
+    Tensors are kept in their storage dtype and cast to float32 (float64 where they are stored so) one at a time on access:
+    ask for one expert, use it, let it go.
+
+    Args:
+        name (`str`): The module name of the parameter.
+        kind ([`ParameterKind`]): What it is.
+        stored_base (`torch.Tensor`, *optional*): The base model's value as stored.
+        stored_experts (`Sequence[torch.Tensor]`): The experts' values as stored, all of one shape.
+        expert_names (`tuple[str]`): Their names.
+        settings ([`MergeConfig`]): The method's settings, resolved for this parameter: plain values, and lists with one value
+            per expert where a setting's scope is `"expert"`.
+        seed (`int`): The recipe's seed.
+        report (`dict`): What the method wants to say about this parameter in `merge_report.json`: numbers by name.
+        offset (`int`): For a piece of a parameter: how many entries of the parameter come before it.
+    """
+
+    name: str
+    kind: ParameterKind
+    stored_base: Tensor | None
+    stored_experts: Sequence[Tensor]
+    expert_names: tuple[str, ...]
+    settings: Any
+    seed: int = 0
+    report: dict[str, float] = field(default_factory=dict)
+    offset: int = 0
+
+    def __len__(self) -> int:
+        return len(self.stored_experts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.stored_experts[0].device
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.stored_experts[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the arithmetic: float32, or float64 when some model is stored in it."""
+        stored = [*self.stored_experts, *([] if self.stored_base is None else [self.stored_base])]
+        return torch.float64 if any(tensor.dtype == torch.float64 for tensor in stored) else torch.float32
+
+    @cached_property
+    def base(self) -> Tensor | None:
+        """The base model's value in the dtype of the arithmetic. Do not change it in place."""
+        return None if self.stored_base is None else self.stored_base.to(self.dtype)
+
+    def expert(self, index: int) -> Tensor:
+        """Expert `index`'s value, in the dtype of the arithmetic. Do not change it in place."""
+        return self.stored_experts[index].to(self.dtype)
+
+    def experts(self) -> Iterator[Tensor]:
+        """The experts' values one at a time."""
+        for index in range(len(self)):
+            yield self.expert(index)
+
+    def task_vector(self, index: int) -> Tensor:
+        """τ_i = θ_i − θ_0 as a new tensor, free to be changed in place."""
+        return self.expert(index) - self.base
+
+    def task_vectors(self) -> Iterator[Tensor]:
+        """The task vectors one at a time."""
+        for index in range(len(self)):
+            yield self.task_vector(index)
+
+    def release_experts(self) -> None:
+        """Frees the experts' values; what is known without them, stays."""
+        self.stored_experts = [stored.to("meta") for stored in self.stored_experts]
+        self.__dict__.pop("base", None)
+
+    def mean(self) -> Tensor:
+        """The plain mean of the experts, as a new tensor."""
+        total = torch.zeros(self.shape, dtype=self.dtype, device=self.stored_experts[0].device)
+        for expert in self.experts():
+            total += expert
+        return total.div_(len(self))
+
+    # -- piece by piece -------------------------------------------------------------------------------------------
+
+    def pieces(self, unit: int | None = 1) -> Iterator[TensorGroup]:
+        """The parameter in pieces, in the order of its entries, as groups of flat tensors that share the stored memory.
+
+        The pieces are the same on every machine and for every number of threads.
+
+        Args:
+            unit (`int`, *optional*): Their sizes are multiples of this: 1 where every entry is on its own, the length of a row where
+                rows belong together. `None`: one piece in the parameter's own shape.
+        """
+        if unit is None:
+            yield replace(self, report={})
+            return
+        size = self.shape.numel()
+        limit = PIECE if self.device.type == "cpu" else _LARGE_PIECE
+        step = max(limit // unit, 1) * unit
+        base = None if self.stored_base is None else self.stored_base.reshape(-1)
+        experts = [stored.reshape(-1) for stored in self.stored_experts]
+        for start in range(0, max(size, 1), step):
+            part = slice(start, start + step)
+            yield replace(
+                self,
+                stored_base=None if base is None else base[part],
+                stored_experts=[expert[part] for expert in experts],
+                report={},
+                offset=self.offset + start,
+            )
+
+    # -- random numbers -------------------------------------------------------------------------------------------
+
+    def random(self, index: int, purpose: str = "mask") -> np.random.Generator:
+        """A counter-based generator (Philox) keyed by (seed, parameter name, expert name, purpose): the order in which
+        parameters are merged, threads, ranks and devices do not change what it draws."""
+        return keyed_generator(self.seed, self.name, self.expert_names[index], purpose)
+
+    def draws(self, index: int, purpose: str = "mask") -> np.ndarray:
+        """One uniform random number for each entry: `uint32`, flat. An entry's number depends on its place in the parameter, and
+        not on the piece that it is in."""
+        generator, skipped = self.random(index, purpose), self.offset % _DRAWS_PER_COUNT
+        generator.bit_generator.advance(self.offset // _DRAWS_PER_COUNT)
+        words = -(-(skipped + self.shape.numel()) // 2)
+        drawn = generator.integers(0, 1 << 64, dtype=np.uint64, size=words).astype("<u8", copy=False).view("<u4")
+        return drawn[skipped : skipped + self.shape.numel()]
+
+    def keep_mask(self, index: int, probability: float) -> Tensor:
+        """A Bernoulli mask (bool, the shape of the group) in which each entry is kept with `probability`, to 32 bits.
+
+        Args:
+            index (`int`): The expert that the mask is for.
+            probability (`float`): In [0, 1].
+        """
+        kept = self.draws(index) < round(probability * 2**32)
+        return torch.from_numpy(kept).view(self.shape).to(self.device)
+
+
+@dataclass
+class LowRankGroup:
+    """The task vectors of one linear layer as factors T_i = L_i R_i, for methods that never form the dense matrix.
+
+    Args:
+        name (`str`): The module name of the parameter.
+        kind ([`ParameterKind`]): What it is.
+        experts (`list[Factors]`): L_i (out, r_i) and R_i (r_i, in), whatever the parameter is stored as, in float32 or float64.
+        expert_names (`tuple[str]`): Their names.
+        settings ([`MergeConfig`]): The method's settings, resolved for this parameter.
+        seed (`int`): The recipe's seed.
+        report (`dict`): As in [`TensorGroup`].
+    """
+
+    name: str
+    kind: ParameterKind
+    experts: list[Factors]
+    expert_names: tuple[str, ...]
+    settings: Any
+    seed: int = 0
+    report: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(out, in)."""
+        return self.experts[0].shape
