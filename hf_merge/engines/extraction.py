@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,7 @@ def extract_lora(model: Any, base_model: Any, folder: Path, settings: Extraction
     changes = _changes(plan, settings, report)
     layout = _final_layout(plan, changes)
     plan.adapter = layout
-    with OutputFolder(folder, checkpoint_layout(layout), "extraction") as output:
+    with OutputFolder(folder, checkpoint_layout(layout), str(uuid.uuid4())) as output:
         for name, change in changes.items():
             for key, tensor in layout.tensors(name, change).items():
                 output.write(key, tensor)
