@@ -116,8 +116,9 @@ def _model_text(config: MergeConfig, tasks: Sequence[str], class_name: str) -> s
     heads = ""
     if tasks:
         heads = (
-            "\nEach task keeps its own head, on the shared backbone:\n\n```python\nfrom hf_merge import AutoMergedModel\n\n"
-            f'model = AutoMergedModel.from_pretrained("path/to/this/model", task="{tasks[0]}")\n```\n\n'
+            f"\nThat is the model with the head of `{tasks[0]}`. Each task keeps its own head, on the shared backbone:\n\n```python\n"
+            "from hf_merge import AutoMergedModel\n\n"
+            f'model = AutoMergedModel.from_pretrained("path/to/this/model", task="{tasks[-1]}")\n```\n\n'
             f"Tasks: {', '.join(f'`{task}`' for task in tasks)}.\n"
         )
     return (

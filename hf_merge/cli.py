@@ -9,8 +9,14 @@ import dataclasses
 import gc
 import json
 import logging
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -226,6 +232,30 @@ def demo(
     run_demo(out, echo=typer.echo)
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C is a `KeyboardInterrupt`, which waits for the parameter that is being merged or written. A second one does not wait:
+    what is on the disk can be continued after a kill at any moment."""
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Handles Ctrl-C by [`_interrupt`] where nobody else does."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is _interrupt:  # else threads are finishing their work after an interrupt
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def main() -> None:
     """The entry point: errors of hf_merge become one line on standard error and exit code 2."""
     gc.set_threshold(
@@ -234,7 +264,8 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.captureWarnings(True)
     try:
-        app()
+        with _interruptible():
+            app()
     except MergeError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)

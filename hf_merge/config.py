@@ -351,7 +351,7 @@ class MergeConfig(HubMixin):
                 f"{origin} is a recipe for '{merge_type}' ({config_cls.__name__}), not for {cls.__name__}."
             )
         known = {f.name for f in dataclasses.fields(config_cls)}
-        unknown = sorted(set(data) - known)
+        unknown = sorted(str(key) for key in data if key not in known)
         if unknown and known_only:
             warnings.warn(
                 f"{origin} has the unknown key(s) {', '.join(unknown)}, which are ignored. It was probably written by a newer "

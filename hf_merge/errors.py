@@ -61,5 +61,5 @@ class PlanError(MergeError, ValueError):
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """Returns `" Did you mean 'x'?"` for the nearest known word, or the empty string when none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(word), [str(one) for one in known], n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import CheckpointError, ConfigError, OutputError, suggest
@@ -140,7 +140,7 @@ def push_folder(folder: str | Path, repo_id: str, **upload_kwargs) -> str:
     Returns:
         `str`: The URL of the commit.
     """
-    folder = _merged_folder(folder)
+    folder = merged_folder(folder)
     return upload_folder(folder, repo_id, **upload_kwargs)
 
 
@@ -156,7 +156,7 @@ def push_heads(folder: str | Path, repo_id: str, tasks: Sequence[str], **upload_
     Returns:
         `str`: The URL of the last commit.
     """
-    heads = _merged_folder(folder) / HEADS_FOLDER
+    heads = merged_folder(folder) / HEADS_FOLDER
     known = sorted(path.name for path in heads.iterdir() if path.is_dir()) if heads.is_dir() else []
     unknown = [task for task in tasks if task not in known]
     if unknown or not tasks:
@@ -177,13 +177,26 @@ def push_heads(folder: str | Path, repo_id: str, tasks: Sequence[str], **upload_
     return commit
 
 
-def _merged_folder(folder: str | Path) -> Path:
-    """A folder that this library wrote; anything else is not uploaded by accident."""
+def merged_folder(folder: str | Path, *needed: str) -> Path:
+    """A folder that this library wrote; anything else is not uploaded or described by accident.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+        needed (`str`): Files that have to be there beside the recipe.
+
+    Raises:
+        CheckpointError: It does not exist, or lacks some of them.
+    """
     path = Path(folder)
     if not path.is_dir():
         raise CheckpointError(f"The folder '{folder}' does not exist.")
-    if not (path / CONFIG_NAME).is_file():
-        raise CheckpointError(f"'{folder}' holds no {CONFIG_NAME}, so it is no merged model and no recipe.")
+    missing = [name for name in (CONFIG_NAME, *needed) if not (path / name).is_file()]
+    if missing:
+        recipe = "" if needed else " and no recipe"
+        raise CheckpointError(
+            f"'{folder}' holds no {' and no '.join(missing)}, so it is no merged model{recipe}: name a folder that `hf-merge run` or "
+            "Merger.save_pretrained wrote."
+        )
     return path
 
 
@@ -208,17 +221,18 @@ def fetch_file(name_or_path: str | Path, filename: str, **hub_kwargs) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path
+    subfolder = _checked_subfolder(hub_kwargs.get("subfolder"))
     if is_local(name_or_path):
-        candidate = path / (hub_kwargs.get("subfolder") or "") / filename
+        candidate = path / subfolder / filename
         if not candidate.is_file():
             raise CheckpointError(f"No file '{filename}' in '{name_or_path}'.")
         return candidate
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
         return Path(hf_hub_download(os.fspath(name_or_path), filename, **hub_kwargs))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(_unreachable(name_or_path, error)) from error
 
 
@@ -233,14 +247,14 @@ def fetch_folder(name_or_path: str | Path, *, weights: bool = True, **hub_kwargs
     Raises:
         CheckpointError: The folder does not exist, or the repository cannot be reached.
     """
-    subfolder = hub_kwargs.pop("subfolder", None) or ""
+    subfolder = _checked_subfolder(hub_kwargs.pop("subfolder", None))
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path / subfolder, None
     if is_local(name_or_path):
         raise CheckpointError(f"The folder '{name_or_path}' does not exist.")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     name = os.fspath(name_or_path)
     try:
@@ -248,9 +262,18 @@ def fetch_folder(name_or_path: str | Path, *, weights: bool = True, **hub_kwargs
         folder = Path(snapshot_download(name, allow_patterns=wanted, **hub_kwargs))
         if weights and not any((folder / subfolder).glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=_OTHER_FILES + _TORCH_WEIGHTS, **hub_kwargs))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(_unreachable(name_or_path, error)) from error
     return folder / subfolder, folder.name
+
+
+def _checked_subfolder(subfolder: str | None) -> str:
+    """A recipe may say which folder inside of a repository is meant, and none beside it."""
+    subfolder = subfolder or ""
+    parts = PurePosixPath(subfolder).parts
+    if subfolder.startswith("/") or ".." in parts or any(character in subfolder for character in "\\\0:"):
+        raise ConfigError(f"subfolder={subfolder!r} is no folder inside of the model's.")
+    return subfolder
 
 
 def _reason(error: Exception) -> str:
@@ -261,5 +284,5 @@ def _reason(error: Exception) -> str:
 def _unreachable(name_or_path: str | Path, error: Exception) -> str:
     return (
         f"'{name_or_path}' is neither a local folder nor a Hub repository that can be read ({_reason(error)}). "
-        "Check the spelling, or your token for a private repository."
+        "Check the spelling and the network, or your token for a private repository."
     )

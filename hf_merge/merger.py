@@ -131,7 +131,7 @@ class Merger(HubMixin):
         try:
             plan.notes += processor_notes(plan)
         except ConfigError as error:
-            plan.problems.append(str(error))
+            plan.problems += [] if str(error) in plan.problems else [str(error)]
         return plan
 
     def check(self, save_directory: str | os.PathLike | None = None) -> MergePlan:

@@ -56,7 +56,7 @@ def register_merge_method(*, name: str, config_cls: type[MergeConfig], method_cl
 def get_merge_method(name: str) -> MergeMethodEntry:
     """Returns the entry of a method, or raises [`ConfigError`] with the nearest known name."""
     methods = available_merge_methods()
-    if name not in methods:
+    if not isinstance(name, str) or name not in methods:
         raise ConfigError(
             f"Unknown merge method '{name}'.{suggest(name, methods)} Known methods: {', '.join(sorted(methods))}."
         )

@@ -80,7 +80,7 @@ class Setting:
             return value in self.choices
         if self.type in (bool, str):
             return isinstance(value, self.type)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
             return False
         if self.type is int and value != int(value):
             return False
@@ -98,21 +98,25 @@ class Setting:
         elif isinstance(value, Mapping):
             self._require_expert_scope(where, value)
             for name, one in value.items():
-                self.check(f"{where}[{name!r}]", one)
+                self._for_one_expert.check(f"{where}[{name!r}]", one)
         elif isinstance(value, (list, tuple)):
             self._require_expert_scope(where, value)
             if not value:
                 raise ConfigError(f"{where} is an empty list: give one value per expert.")
             for index, one in enumerate(value):
-                self.check(f"{where}[{index}]", one)
+                self._for_one_expert.check(f"{where}[{index}]", one)
         elif not self.accepts(value):
             raise ConfigError(f"Invalid value for {where}: {value!r}. It must be {self.describe()}.")
+
+    @property
+    def _for_one_expert(self) -> Setting:
+        return dataclasses.replace(self, scope="parameter")
 
     def _check_gradient(self, where: str, value: Mapping) -> None:
         if self.scope == "merge":
             raise ConfigError(f"{where} is one value for the whole merge; a gradient over depth is not possible.")
         if set(value) != {"gradient"}:
-            raise ConfigError(f"{where}: a gradient has the single key 'gradient', got {sorted(value)}.")
+            raise ConfigError(f"{where}: a gradient has the single key 'gradient', got {sorted(map(str, value))}.")
         if self.type not in (float, int) or self.choices is not None:
             raise ConfigError(f"{where} must be {self.describe()}; a gradient needs numbers.")
         points = value["gradient"]
@@ -190,6 +194,13 @@ class Setting:
         high = min(low + 1, len(points) - 1)
         value = points[low] + (points[high] - points[low]) * (position - low)
         return round(value) if self.type is int else value
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floating-point numbers
+        return False
 
 
 def _known_names(where: str, value: Mapping, experts: Sequence[str]) -> None:

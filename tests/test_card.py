@@ -50,7 +50,8 @@ def test_metadata_name_the_parents_and_the_relation() -> None:
     assert data["base_model_relation"] == "merge"
     assert data["tags"] == ["merge", "hf_merge", "wudi"]
     assert "me/spam@0123abc" in card.text
-    assert 'task="spam"' in card.text
+    assert "model with the head of `spam`" in card.text, "which the plain class loads"
+    assert 'task="movies"' in card.text
 
 
 def test_card_cites_the_method() -> None:
@@ -87,6 +88,13 @@ def test_bibtex_is_well_formed() -> None:
     assert text.count("{") == text.count("}")
     keys = re.findall(r"@misc\{([\w.]+),", text)
     assert len(set(keys)) == len(PAPERS) + 1
+
+
+def test_authors_are_complete_where_they_are_known() -> None:
+    entry = bibtex(["2306.01708"])
+    assert "author = {Prateek Yadav and Derek Tam and Leshem Choshen and Colin Raffel and Mohit Bansal}" in entry
+    assert entry.startswith("@misc{yadav2023_2306_01708,")
+    assert all(" " in name.strip() for paper in PAPERS.values() if paper.complete for name in paper.authors.split(","))
 
 
 def test_results_appear_and_additions_stay(folder: Path) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
-import os
 import random
 import signal
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from .processes import contents, kill_after, start
 from .testing_utils import Bed, load_clean, make_bed, run_cli, run_process
 from .zoo import ZOO
 
@@ -48,12 +45,6 @@ def command_for(bed: Bed, out: Path) -> list[str]:
     return arguments
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the report, which holds times."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "merge_report.json"]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
 @pytest.fixture(scope="module")
 def expected(bed: Bed) -> dict[str, bytes]:
     """What an uninterrupted merge writes."""
@@ -74,39 +65,11 @@ def duration(bed: Bed, expected: dict[str, bytes]) -> float:
     return time.perf_counter() - start
 
 
-def _merge_in_child(arguments: list[str]) -> None:
-    with open(os.devnull, "w", encoding="utf-8") as null, redirect_stdout(null), redirect_stderr(null):
-        sys.exit(run_cli(arguments))
-
-
-@functools.cache
-def _fork_server():
-    """Starts processes in milliseconds: the libraries are imported once, in a server without threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "hf_merge.cli", "hf_merge.merger"])
-    return context
-
-
-def start(bed: Bed, out: Path) -> multiprocessing.Process:
-    process = _fork_server().Process(target=_merge_in_child, args=(command_for(bed, out),))
-    process.start()
-    return process
-
-
-def kill_after(process: multiprocessing.Process, out: Path, delay: float) -> None:
-    """Kills the process `delay` seconds after the merge began to write: its start-up is not worth shooting at."""
-    while process.is_alive() and not any(out.parent.iterdir()):
-        time.sleep(0.002)
-    time.sleep(delay)
-    process.kill()
-    process.join()
-
-
 def check_kill(bed: Bed, expected: dict[str, bytes], duration: float, seed: int) -> None:
     out = bed.folder / f"killed{seed}" / "out"
     out.parent.mkdir()
     delay = random.Random(seed).uniform(0.0, duration)
-    kill_after(start(bed, out), out, delay)
+    kill_after(start(command_for(bed, out)), out, delay)
     if out.exists():
         assert contents(out) == expected, "the folder was there but not complete"
         return
@@ -130,7 +93,7 @@ def partial_after_kill(bed: Bed, folder: Path, shards: int = 4) -> Path:
     """Kills a merge as soon as it has finished some shards; returns the place of its output, which is absent."""
     out = folder / "out"
     out.parent.mkdir(parents=True)
-    process = start(bed, out)
+    process = start(command_for(bed, out))
     while process.is_alive() and len(list(out.parent.rglob("*.safetensors"))) < shards:
         time.sleep(0.001)
     process.kill()
@@ -163,7 +126,7 @@ def test_partial_folder_of_another_recipe_is_not_reused(bed: Bed, expected):
 def test_merge_that_was_killed_while_sealing_keeps_its_shards(bed: Bed, expected):
     out = bed.folder / "sealing" / "out"
     out.parent.mkdir()
-    process = start(bed, out)
+    process = start(command_for(bed, out))
     while process.is_alive() and not any(out.parent.rglob("config.json")):
         time.sleep(0.0005)
     process.kill()
@@ -204,7 +167,7 @@ def test_two_merges_into_one_folder_at_once(bed: Bed, expected):
     """One of them wins or both refuse; the folder is never a mixture."""
     out = bed.folder / "twice" / "out"
     out.parent.mkdir()
-    processes = [start(bed, out) for _ in range(2)]
+    processes = [start(command_for(bed, out)) for _ in range(2)]
     for process in processes:
         process.join()
     codes = [process.exitcode for process in processes]
@@ -213,14 +176,37 @@ def test_two_merges_into_one_folder_at_once(bed: Bed, expected):
     assert contents(out) == expected
 
 
-def test_interrupt_is_reported_without_a_traceback(bed: Bed):
-    out = bed.folder / "interrupted" / "out"
+INTERRUPTED = """
+import os, signal, sys, time
+from hf_merge.checkpoints.folder import OutputFolder
+from hf_merge.cli import main
+
+write, left = OutputFolder.write, int(sys.argv.pop(1))
+
+def interrupted(*given):
+    global left
+    write(*given)
+    while left:
+        left -= 1
+        handler = signal.getsignal(signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        while signal.getsignal(signal.SIGINT) is handler:
+            time.sleep(0.001)
+
+OutputFolder.write = interrupted
+main()
+"""
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_interrupt_is_reported_without_a_traceback(bed: Bed, expected, count: int):
+    """Ctrl-C in the middle of the merge, after the first group of tensors; a second one does not wait for the clean-up."""
+    out = bed.folder / f"interrupted{count}" / "out"
     out.parent.mkdir()
-    # Ctrl-C in the middle of the merge: after the first group of tensors.
-    script = "import signal; from hf_merge.checkpoints.folder import OutputFolder; write = OutputFolder.write;"
-    script += "OutputFolder.write = lambda *given: (write(*given), signal.raise_signal(signal.SIGINT));"
-    script += "from hf_merge.cli import main; main()"
-    done = run_process([sys.executable, "-c", script, *command_for(bed, out)])
+    done = run_process([sys.executable, "-c", INTERRUPTED, str(count), *command_for(bed, out)])
     assert done.returncode == 130, done.stderr[-1000:]
     assert "Traceback" not in done.stderr
+    assert ("run the same command again" in done.stderr) == (count == 1)
     assert not out.exists()
+    assert run_cli(command_for(bed, out)) == 0
+    assert contents(out) == expected

@@ -209,3 +209,20 @@ def test_patterns_cover_what_a_merged_folder_holds(merged: Path) -> None:
     for path in merged.rglob("*"):
         name = path.relative_to(merged).as_posix()
         assert not path.is_file() or any(fnmatch(name, pattern) for pattern in patterns), name
+
+
+@pytest.mark.parametrize("name", ["me/nowhere", "not a valid id", "me/x--y..z"])
+def test_names_that_cannot_be_fetched_are_one_clear_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that no repository can have, and a network that is down."""
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    def unreachable(*args, **kwargs):
+        huggingface_hub.utils.validate_repo_id(args[0])
+        raise HTTPError("connection refused")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    for fetch in (fetch_folder, lambda one: fetch_file(one, "merge_config.json")):
+        with pytest.raises(CheckpointError, match="neither a local folder nor a Hub repository"):
+            fetch(name)

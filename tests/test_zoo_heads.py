@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
@@ -12,28 +11,13 @@ from transformers import BertForSequenceClassification, BertModel
 
 from hf_merge import MergeConfig, Merger, PlanError
 
-from .testing_utils import Bed, dense_average, load_clean
+from .testing_utils import TASK_LABELS, Bed, classifier_bed, dense_average, load_clean
 from .zoo import ZOO, perturbed, save_zoo_model
-
-
-LABELS = {"spam": 2, "movies": 3, "emotion": 6}
 
 
 @pytest.fixture
 def bed(tmp_path: Path) -> Bed:
-    """Three classifiers over one backbone, with 2, 3 and 6 labels, and the backbone alone as the base."""
-    base = BertModel(ZOO["bert"].config())
-    bed = Bed(tmp_path, BertForSequenceClassification, save_zoo_model(base, tmp_path / "base"))
-    for seed, (task, count) in enumerate(LABELS.items()):
-        config = copy.deepcopy(ZOO["bert"].config())
-        config.num_labels = count
-        config.id2label = {index: f"{task}_{index}" for index in range(count)}
-        config.label2id = {label: index for index, label in config.id2label.items()}
-        torch.manual_seed(seed)
-        model = BertForSequenceClassification(config)
-        model.bert.load_state_dict(base.state_dict())
-        bed.experts[task] = save_zoo_model(perturbed(model, seed), tmp_path / task)
-    return bed
+    return classifier_bed(tmp_path)
 
 
 def backbones(bed: Bed) -> dict[str, torch.Tensor]:
@@ -64,10 +48,10 @@ def test_backbone_is_the_average(bed: Bed):
 
 def test_every_head_is_stored(bed: Bed):
     out = bed.merge(MergeConfig.from_merge_type("linear"))
-    assert {path.name for path in (out / "heads").iterdir()} == set(LABELS)
+    assert {path.name for path in (out / "heads").iterdir()} == set(TASK_LABELS)
 
 
-@pytest.mark.parametrize("task", LABELS)
+@pytest.mark.parametrize("task", TASK_LABELS)
 def test_model_for_has_the_shared_backbone_and_the_own_head(bed: Bed, task: str):
     merger = Merger.from_pretrained(bed.experts, MergeConfig.from_merge_type("linear"), base_model=bed.base)
     model = merger.model_for(task)
@@ -76,10 +60,10 @@ def test_model_for_has_the_shared_backbone_and_the_own_head(bed: Bed, task: str)
     assert model.config.id2label == expert.config.id2label
     for name, tensor in backbones(bed).items():
         assert torch.equal(model.bert.state_dict()[name], tensor), name
-    assert model(**inputs()).logits.shape == (2, LABELS[task])
+    assert model(**inputs()).logits.shape == (2, TASK_LABELS[task])
 
 
-@pytest.mark.parametrize("task", LABELS)
+@pytest.mark.parametrize("task", TASK_LABELS)
 def test_heads_after_reload(bed: Bed, task: str):
     from hf_merge import AutoMergedModelForSequenceClassification
 

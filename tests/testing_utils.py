@@ -17,12 +17,13 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import BertForSequenceClassification, BertModel, PreTrainedModel
 
 from .zoo import ZOO, ZooEntry, perturbed, save_zoo_model
 
 
 EXPERT_NAMES = ("a", "b", "c")
+TASK_LABELS = {"spam": 2, "movies": 3, "emotion": 6}
 
 
 @dataclass
@@ -112,6 +113,27 @@ def _clean_llama_bed() -> Bed:
 def llama_bed(folder: Path) -> Bed:
     """Three tiny Llamas and their base in `folder`; expert `b` is sharded, the others are single files."""
     return _clean_llama_bed().copy(folder)
+
+
+def classifier_bed(folder: Path, **save_options) -> Bed:
+    """Three classifiers over one BERT, with 2, 3 and 6 labels, and the backbone alone as the base.
+
+    Args:
+        folder (`Path`): Where to.
+        save_options: Arguments of `save_zoo_model`.
+    """
+    base = BertModel(ZOO["bert"].config())
+    bed = Bed(folder, BertForSequenceClassification, save_zoo_model(base, folder / "base", **save_options))
+    for seed, (task, count) in enumerate(TASK_LABELS.items()):
+        config = ZOO["bert"].config()
+        config.num_labels = count
+        config.id2label = {index: f"{task}_{index}" for index in range(count)}
+        config.label2id = {label: index for index, label in config.id2label.items()}
+        torch.manual_seed(seed)
+        model = BertForSequenceClassification(config)
+        model.bert.load_state_dict(base.state_dict())
+        bed.experts[task] = save_zoo_model(perturbed(model, seed), folder / task, **save_options)
+    return bed
 
 
 def load_clean(model_class: type[PreTrainedModel], folder: Path, **kwargs) -> PreTrainedModel:

@@ -77,6 +77,7 @@ _REFUSED_FIELDS = {
     "layer_replication": "it repeats layers of the base model, so its modules are not the base model's",
     "alora_invocation_tokens": "it acts on some tokens only (activated LoRA), which no weight can express",
     "arrow_config": "it routes every token among adapters (Arrow), which no weight can express",
+    "megatron_config": "PEFT would import a module that the adapter names (Megatron's parallel layers)",
     "kasa_config": "it truncates the base weights when it is initialised (KaSA), so its factors are not a change of them",
     "use_qalora": "it pools the input of the layers (QA-LoRA), and PEFT cannot merge it",
     "monteclora_config": "it samples its factors (MonteCLoRA), so it is no single change of the weights",
@@ -200,7 +201,8 @@ def attach(
     except _PEFT_ERRORS as error:
         lines = " ".join(str(error).split())
         raise CheckpointError(
-            f"{where} does not fit a {model_class.__name__} with the config of the base model: {lines[:300]}"
+            f"{where} does not fit a {model_class.__name__} with the config of the base model. Give the model that it was trained on as "
+            f"base_model=... (`base_model` in a recipe, --base on the command line). PEFT says: {lines[:300]}"
         ) from error
     missing = _missing(model, result.missing_keys)
     return Attached(model, modules, before, list(result.unexpected_keys), missing)

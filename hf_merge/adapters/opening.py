@@ -210,7 +210,7 @@ def common_base(adapters: Sequence[Adapter]) -> str | None:
         listing = ", ".join(f"'{name}' on '{base}'" for name, base in named.items())
         raise ConfigError(
             f"The adapters were trained on different base models: {listing}. Their changes do not add up; if these are names of "
-            "one model, pass it as base_model=... (--base)."
+            "one model, pass it as base_model=... (`base_model` in a recipe, --base on the command line)."
         )
     return next((base for base in named.values() if Path(base).is_dir()), next(iter(named.values()), None))
 

@@ -36,11 +36,19 @@ class AdapterSource(ModelSource):
     @classmethod
     def over(cls, adapter: Adapter, base: ModelSource) -> AdapterSource:
         """Args:
-        adapter ([`Adapter`]): The adapter.
-        base ([`ModelSource`]): The model that it was trained on.
+            adapter ([`Adapter`]): The adapter.
+            base ([`ModelSource`]): The model that it was trained on.
+
+        Raises:
+            CheckpointError: It was trained on a model of another architecture.
         """
         plain = unquantized(base.config)
         model_class = adapted_class(adapter, plain, base.model_class)
+        if not isinstance(plain, model_class.config_class or type(plain)):
+            raise CheckpointError(
+                f"{adapter} was trained on a {model_class.__name__}, and the base model {base} is a '{plain.model_type}' model: give "
+                "the model that it was trained on as base_model=... (`base_model` in a recipe, --base on the command line)."
+            )
         heads = {
             name: info.shape
             for name, info in Anatomy(build_shell(model_class, plain, torch.float32)).parameters.items()
@@ -69,7 +77,9 @@ class AdapterSource(ModelSource):
         return str(self.adapter)
 
     def fingerprint(self) -> list[Any]:
-        return [*super().fingerprint(), self.adapter.storage.fingerprint(), self.base.fingerprint()]
+        settings = self.adapter.config.to_dict()
+        config = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+        return [*super().fingerprint(), config, self.adapter.storage.fingerprint(), self.base.fingerprint()]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -291,7 +301,7 @@ def dequantized(source: ModelSource, trust_remote_code: bool = False) -> ModelSo
     Raises:
         UnsupportedModelError: transformers cannot dequantise it here.
     """
-    remedy = "give the original weights as base_model=... (--base), or merge into an adapter with output='adapter'"
+    remedy = "give the original weights as base_model=... (`base_model` in a recipe, --base on the command line), or merge into an adapter with output='adapter'"
     if source.live is not None:
         raise UnsupportedModelError(
             f"{source} is quantised ({source.quantization}) and in memory, where it would have to be changed: {remedy}."

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,10 @@ from ..errors import MergeError, OutputError
 from .layout import CheckpointLayout, ShardLayout
 
 
+logger = logging.getLogger(__name__)
+
 _PROGRESS = "progress.json"
+_PROGRESS_WRITING = _PROGRESS + ".writing"
 CONFIG_MARK = "merge_config.json"
 
 
@@ -93,12 +98,15 @@ class OutputFolder:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.partial.with_name(self.partial.name + ".lock"))
             self._lock.acquire(timeout=0)
+            self._refuse_foreign_files()
             self._recover()
         except Timeout:
             raise OutputError(
                 f"Another process is writing '{self.partial}': wait for it, or choose another folder."
             ) from None
         except OSError as error:
+            with suppress(OSError):
+                self.partial.rmdir()  # where it is still empty
             self._unlock()
             raise _output_error(self.folder, error) from error
         return self
@@ -118,32 +126,48 @@ class OutputFolder:
     def _unlock(self) -> None:
         """The lock lies beside the folder, so that it is held until the folder has been renamed or removed."""
         if self._lock is not None and self._lock.is_locked:
-            Path(self._lock.lock_file).unlink(missing_ok=True)
+            with suppress(
+                OSError
+            ):  # the disk may be the reason for leaving; a lock file that nobody holds locks nobody out
+                Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
 
-    def _recover(self) -> None:
-        record = self.partial / _PROGRESS
+    def _refuse_foreign_files(self) -> None:
         entries = {path.name for path in self.partial.iterdir()}
-        if entries and not entries & {_PROGRESS, CONFIG_MARK}:
+        if entries and not entries & {_PROGRESS, _PROGRESS_WRITING, CONFIG_MARK}:
             raise OutputError(
                 f"'{self.partial}' was not made by a merge: move it away, or choose another output folder."
             )
-        known = None
-        if record.is_file():
-            try:
-                known = json.loads(record.read_text(encoding="utf-8")).get("fingerprint")
-            except (ValueError, AttributeError):
-                known = None
+
+    def _recover(self) -> None:
+        """Keeps the finished shards of the same merge, or begins anew."""
+        try:
+            self._keep_finished()
+        except OSError:
+            if not self.finished:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            raise
+
+    def _keep_finished(self) -> None:
+        """Removes everything but the finished shards of the same merge. The record of whose shards they are is replaced in one
+        step, and only when no other merge's are left."""
+        record = self.partial / _PROGRESS
+        known = _read_fingerprint(record)
+        shards = {shard.filename: shard for shard in self.layout.shards}
         for path in self.partial.iterdir():
-            shard = next((shard for shard in self.layout.shards if shard.filename == path.name), None)
-            if known == self.fingerprint and shard is not None and path.stat().st_size == shard.nbytes:
+            if path == record:
+                continue
+            if known == self.fingerprint and path.name in shards and _is_finished(path, shards[path.name]):
                 self.finished.add(path.name)
-            elif path.is_dir():
+            elif path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        record.write_text(json.dumps({"fingerprint": self.fingerprint}), encoding="utf-8")
-        _sync(record)
+        writing = self.partial / _PROGRESS_WRITING
+        writing.write_text(json.dumps({"fingerprint": self.fingerprint}), encoding="utf-8")
+        _sync(writing)
+        _sync(self.partial)
+        os.replace(writing, record)
 
     def wants(self, keys: Iterable[str]) -> bool:
         """Whether any of the tensors still has to be written."""
@@ -197,7 +221,10 @@ class OutputFolder:
         if self.folder.is_dir():
             self.folder.rmdir()  # empty, or this raises
         os.rename(self.partial, self.folder)
-        _sync(self.folder.parent)
+        try:
+            _sync(self.folder.parent)
+        except OSError as error:
+            logger.warning("'%s' is complete, but a power cut could still undo it (%s).", self.folder, error)
 
 
 class _ShardFile:
@@ -211,7 +238,7 @@ class _ShardFile:
         self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115  closed by finish() or close()
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self._file.fileno(), 0, shard.nbytes)
-        self._file.write(shard.header)
+        self._write(memoryview(shard.header))
 
     def write(self, key: str, tensor: Tensor) -> None:
         info = self.shard.infos[key]
@@ -223,9 +250,12 @@ class _ShardFile:
             memoryview(tensor.contiguous().reshape(-1).view(torch_uint8).numpy()) if info.nbytes else memoryview(b"")
         )
         self._file.seek(len(self.shard.header) + self.shard.offsets[key])
+        self._write(data)
+        self.missing.discard(key)
+
+    def _write(self, data: memoryview) -> None:
         while len(data):
             data = data[self._file.write(data) :]
-        self.missing.discard(key)
 
     def finish(self) -> None:
         os.fsync(self._file.fileno())
@@ -234,6 +264,22 @@ class _ShardFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _read_fingerprint(record: Path) -> str | None:
+    """Whose shards an unfinished folder holds; `None` where that is not known."""
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))["fingerprint"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_finished(path: Path, shard: ShardLayout) -> bool:
+    """Whether a file has the size and the header of a shard."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.nbytes:
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(shard.header)) == shard.header
 
 
 def _sync(path: Path) -> None:

@@ -49,12 +49,37 @@ def processor_files(folder: Path) -> list[Path]:
     """The tokenizer and processor files of a model folder, and those of its sentence-transformers modules, relative to it.
 
     Raises:
-        CheckpointError: `modules.json` is malformed, or names a module outside of the folder.
+        CheckpointError: `modules.json` is malformed, or names a module outside of the folder; or a file is a link to one that
+            does not belong to the model.
     """
     files = [Path(name) for name in (*PROCESSOR_FILES, MODULES) if (folder / name).is_file()]
     for name in (_TEMPLATES_FOLDER, *module_folders(folder)):
         files += sorted(path.relative_to(folder) for path in (folder / name).rglob("*") if path.is_file())
+    refuse_foreign_links(folder, files)
     return files
+
+
+def refuse_foreign_links(folder: Path, files: Iterable[Path]) -> None:
+    """Refuses links that lead out of a model's folder, for files whose text becomes a part of the result: a folder from elsewhere
+    could name any file of this machine. In the Hub's cache every file is a link to one of the repository's blobs.
+
+    Args:
+        folder (`Path`): The model's folder.
+        files (`Iterable[Path]`): Relative to it.
+
+    Raises:
+        CheckpointError: There is such a link.
+    """
+    own = folder.resolve()
+    snapshots = next((parent for parent in own.parents if parent.name == "snapshots"), None)
+    allowed = [own] + ([snapshots.parent / "blobs"] if snapshots is not None else [])
+    for path in files:
+        target = (folder / path).resolve()
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise CheckpointError(
+                f"'{folder / path}' is a link to '{target}', outside of the model's folder. What is copied into the result must "
+                "be in it: replace the link by the file."
+            )
 
 
 def module_folders(folder: Path) -> list[str]:
@@ -92,6 +117,8 @@ def chat_template_of(folder: Path) -> str | None:
     Raises:
         CheckpointError: A file is malformed.
     """
+    names = (CHAT_TEMPLATE, "tokenizer_config.json")
+    refuse_foreign_links(folder, [Path(name) for name in names if (folder / name).is_file()])
     try:
         if (folder / CHAT_TEMPLATE).is_file():
             return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
@@ -115,10 +142,17 @@ def vocabulary_of(folder: Path) -> dict[str, int] | None:
         if not (folder / name).is_file():
             continue
         try:
-            return parse((folder / name).read_text(encoding="utf-8"))
+            return _checked_ids(parse((folder / name).read_text(encoding="utf-8")))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"'{folder / name}' is not a tokenizer's vocabulary: {error!r}.") from error
     return None
+
+
+def _checked_ids(table: dict[str, int] | None) -> dict[str, int] | None:
+    for token, index in (table or {}).items():
+        if not isinstance(token, str) or type(index) is not int or not 0 <= index < 2**31:
+            raise ValueError(f"the token {token!r} has the id {index!r}")
+    return table
 
 
 def _fast_vocabulary(text: str) -> dict[str, int] | None:
@@ -133,7 +167,9 @@ def _fast_vocabulary(text: str) -> dict[str, int] | None:
 
 def _json_vocabulary(text: str) -> dict[str, int] | None:
     vocabulary = json.loads(text)
-    return vocabulary if isinstance(vocabulary, dict) else None
+    if not isinstance(vocabulary, dict) or any(isinstance(value, dict) for value in vocabulary.values()):
+        return None  # such as one table for each language
+    return vocabulary
 
 
 def _listed_vocabulary(text: str) -> dict[str, int]:

@@ -109,8 +109,11 @@ class ModelSource:
         return self.reference.to_dict()
 
     def fingerprint(self) -> list[Any]:
-        """What identifies the weights, for resuming a merge; unique for weights in memory, which cannot be recognised."""
-        return [str(self.folder), *self.storage.fingerprint()] if self.folder is not None else [str(uuid.uuid4())]
+        """What identifies the weights and how they are read, for resuming a merge; unique for weights in memory, which cannot be
+        recognised."""
+        if self.folder is None:
+            return [str(uuid.uuid4())]
+        return [str(self.folder), self.config.to_json_string(), *self.storage.fingerprint()]
 
     @property
     def processor_folder(self) -> Path | None:
@@ -282,7 +285,7 @@ def _from_folder(name: str, reference: ModelReference, trust_remote_code: bool, 
         model_class=model_class_of(config, where, trust_remote_code),
         storage=open_storage(folder),
         folder=folder,
-        generation_config=_load_generation_config(folder),
+        generation_config=load_generation_config(folder),
     )
 
 
@@ -327,7 +330,7 @@ def load_config(folder: Path, where: str, trust_remote_code: bool = False) -> Pr
         raise CheckpointError(f"{where}: there is no config.json in '{folder}', so it is not a transformers model.")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError) as error:
+    except (OSError, StrictDataclassError, *_BUILD_ERRORS) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         if "custom code" in str(error) and not trust_remote_code:
             raise UnsupportedModelError(
@@ -346,7 +349,7 @@ def quantization_of(config: PretrainedConfig) -> str | None:
     return str(getattr(quantization, "quant_method", "unknown method"))
 
 
-def _load_generation_config(folder: Path) -> GenerationConfig | None:
+def load_generation_config(folder: Path) -> GenerationConfig | None:
     if not (folder / "generation_config.json").is_file():
         return None
     try:

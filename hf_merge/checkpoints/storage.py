@@ -7,6 +7,7 @@ tensors (`weights_only=True`), and no name from an index leaves the model's fold
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -72,8 +73,62 @@ class Storage:
         raise NotImplementedError(f"{type(self).__name__} does not implement read")
 
     def fingerprint(self) -> list[Any]:
-        """What identifies the stored bytes cheaply (file names, sizes, modification times), for resuming a merge."""
+        """What identifies the stored bytes cheaply (names and [`FileState`]s of the files), for resuming a merge."""
         return []
+
+
+@dataclass(frozen=True)
+class FileState:
+    """What tells the content of a file from an earlier one without reading it. Times are in nanoseconds."""
+
+    size: int
+    modified: int
+    inode: int
+    changed: int
+
+    @classmethod
+    def of(cls, file: Path | int) -> FileState:
+        """The state of a path or a descriptor."""
+        found = os.stat(file)
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns)
+
+    def has_content_of(self, other: FileState) -> bool:
+        """Whether nothing was written in between. Links and permissions may have changed, which `changed` tells of too."""
+        return (self.size, self.modified, self.inode) == (other.size, other.modified, other.inode)
+
+
+class FileStorage(Storage):
+    """Tensors in files, which must stay as they were when they were opened: a header says nothing about another file's data.
+
+    Args:
+        files (`Mapping[str, Path]`): The files by name.
+
+    Raises:
+        CheckpointError: A file is not there.
+    """
+
+    def __init__(self, files: Mapping[str, Path]):
+        self.files = dict(files)
+        # Before the headers are read: whatever changes from now on is noticed.
+        self._states = {path: _state(path) for path in self.files.values()}
+
+    def fingerprint(self) -> list[Any]:
+        return [[name, *vars(self._states[path]).values()] for name, path in self.files.items()]
+
+    def _check_unchanged(self, path: Path, file: Path | int) -> None:
+        """Raises [`CheckpointError`] unless `path` still has the content that it was opened with."""
+        if not FileState.of(file).has_content_of(self._states[path]):
+            raise CheckpointError(
+                f"'{path}' was changed after it was opened: what was read of it does not fit together. Run the merge again when "
+                "nothing writes to it."
+            )
+
+
+def _state(path: Path) -> FileState:
+    try:
+        return FileState.of(path)
+    except OSError as error:
+        raise CheckpointError(f"Cannot open '{path}': {error}.") from error
 
 
 class StateDictStorage(Storage):
@@ -103,7 +158,7 @@ class _Span:
     info: TensorInfo
 
 
-class SafetensorsStorage(Storage):
+class SafetensorsStorage(FileStorage):
     """One or several safetensors files.
 
     Data are read with positioned reads into memory of their own rather than through a memory map, so that the resident
@@ -111,7 +166,7 @@ class SafetensorsStorage(Storage):
     """
 
     def __init__(self, files: Mapping[str, Path], expected: Mapping[str, str] | None = None):
-        self.files = dict(files)
+        super().__init__(files)
         self.spans: dict[str, _Span] = {}
         found: dict[str, Path] = {}
         for path in self.files.values():
@@ -128,13 +183,14 @@ class SafetensorsStorage(Storage):
         buffer = np.empty(span.info.nbytes, dtype=np.uint8)
         try:
             with open(span.path, "rb", buffering=0) as file:
+                self._check_unchanged(span.path, file.fileno())
                 _read_into(file, memoryview(buffer), span.start)
+                self._check_unchanged(span.path, file.fileno())
+        except CheckpointError:
+            raise
         except (OSError, EOFError) as error:
             raise CheckpointError(f"Cannot read '{key}' from '{span.path}': {error}.") from error
         return torch.from_numpy(buffer).view(span.info.dtype).reshape(span.info.shape)
-
-    def fingerprint(self) -> list[Any]:
-        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in self.files.values()]
 
 
 def _read_into(file: Any, target: memoryview, start: int) -> None:
@@ -168,26 +224,32 @@ def _header(path: Path) -> dict[str, _Span]:
     return spans
 
 
-class TorchStorage(Storage):
+class TorchStorage(FileStorage):
     """Files written by `torch.save`, memory-mapped where their format allows, loaded with `weights_only=True`."""
 
     def __init__(self, files: Mapping[str, Path], expected: Mapping[str, str] | None = None):
-        self.files = dict(files)
+        super().__init__(files)
         self.tensors: dict[str, Tensor] = {}
-        found: dict[str, Path] = {}
+        self._places: dict[str, Path] = {}
         for path in self.files.values():
             for key, tensor in _load_torch(path).items():
-                _refuse_duplicate(key, found, path)
-                found[key] = path
+                _refuse_duplicate(key, self._places, path)
+                self._places[key] = path
                 self.tensors[key] = tensor
-        _compare_with_index(found, self.files, expected)
+        _compare_with_index(self._places, self.files, expected)
         self.infos = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in self.tensors.items()}
 
     def read(self, key: str) -> Tensor:
-        return self.tensors[key].detach().clone()
-
-    def fingerprint(self) -> list[Any]:
-        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in self.files.values()]
+        path = self._places[key]
+        try:
+            self._check_unchanged(path, path)
+            tensor = self.tensors[key].detach().clone()
+            self._check_unchanged(path, path)
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise CheckpointError(f"Cannot read '{key}' from '{path}': {error}.") from error
+        return tensor
 
 
 # What torch's restricted unpickler raises on damaged or foreign bytes: it interprets them as a program for a stack machine.

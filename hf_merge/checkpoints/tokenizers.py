@@ -44,14 +44,23 @@ def read_definition(folder: Path) -> Definition:
     return definition
 
 
-def _converted(folder: Path) -> Definition:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, as transformers loads it; code of the folder's own does not run.
+
+    Raises:
+        CheckpointError: It cannot be loaded, or only by such code.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"The tokenizer in '{folder}' cannot be loaded: {reason}") from error
+
+
+def _converted(folder: Path) -> Definition:
+    tokenizer = load_tokenizer(folder)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise CheckpointError(
@@ -202,9 +211,7 @@ def _drop_token_table(path: Path) -> None:
 
 
 def _check_written(definition: Definition, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    loaded, wanted = AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab(), ids_of(definition)
+    loaded, wanted = load_tokenizer(folder).get_vocab(), ids_of(definition)
     wrong = next((token for token, index in wanted.items() if loaded.get(token) != index), None)
     if wrong is not None:
         raise CheckpointError(

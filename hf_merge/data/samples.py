@@ -231,7 +231,9 @@ def _load(model: TaskModel, auto_class: str) -> Any:
     if model.folder is None:
         raise ConfigError(f"The expert '{model.task}' was given in memory, without a tokenizer or processor: {remedy}")
     try:
-        return getattr(transformers, auto_class).from_pretrained(model.folder, local_files_only=True)
+        return getattr(transformers, auto_class).from_pretrained(
+            model.folder, local_files_only=True, trust_remote_code=False
+        )
     except ImportError as error:
         raise MissingDependencyError("torchvision", "Reading images") from error
     except (OSError, ValueError, KeyError) as error:

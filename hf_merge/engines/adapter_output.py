@@ -59,7 +59,9 @@ def plan_adapter(plan: MergePlan) -> None:
     Parameters that no expert changes leave the plan: they stay the base model's.
     """
     if plan.base is None:
-        plan.problems.append("output='adapter' is a change of a base model: pass base_model=... (--base).")
+        plan.problems.append(
+            "output='adapter' is a change of a base model: pass base_model=... (`base_model` in a recipe, --base on the command line)."
+        )
     if plan.config.align is not None or plan.config.tokens or plan.config.pad_to_multiple_of is not None:
         plan.problems.append("output='adapter' cannot align experts or change the vocabulary: use output='model'.")
     elif any(isinstance(source, RetokenizedSource) for source in plan.sources):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -87,25 +87,38 @@ class BlockStore:
             raise OutputError(f"Cannot write the finished block '{path}': {error}.") from error
 
     def _recover(self, fingerprint: str) -> None:
-        record = self.folder / _RECORD
+        record, known = self.folder / _RECORD, json.dumps({"fingerprint": fingerprint})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
-        except (OSError, ValueError) as error:
+            if not record.is_file() and any(self.folder.iterdir()):
+                raise OutputError(
+                    f"The work folder '{self.folder}' holds other files: choose another one, or remove it first."
+                )
+            if not record.is_file() or record.read_text(encoding="utf-8", errors="replace") != known:
+                for path in self.folder.glob("*.safetensors"):
+                    path.unlink()
+                record.write_text(known, encoding="utf-8")
+            for path in sorted(self.folder.glob("*.safetensors")):
+                self._take_over(path)
+        except OutputError:
+            raise
+        except OSError as error:
             raise OutputError(f"The work folder '{self.folder}' cannot be used: {error}.") from error
-        if known is None and any(self.folder.iterdir()):
-            raise OutputError(
-                f"The work folder '{self.folder}' holds other files: choose another one, or remove it first."
-            )
-        if known != {"fingerprint": fingerprint}:
-            for path in self.folder.glob("*.safetensors"):
-                path.unlink()
-            record.write_text(json.dumps({"fingerprint": fingerprint}), encoding="utf-8")
-        for path in sorted(self.folder.glob("*.safetensors")):
+
+    def _take_over(self, path: Path) -> None:
+        """Keeps a finished block; one that is damaged is done again."""
+        try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                self._reports[metadata["block"]] = json.loads(metadata["report"])
-                self._block_of.update(dict.fromkeys(file.keys(), metadata["block"]))
+                metadata, names = file.metadata() or {}, list(file.keys())
+            block, report = metadata["block"], json.loads(metadata["report"])
+        except (SafetensorError, KeyError, ValueError):
+            path.unlink()
+            return
+        if self._path(block) != path:
+            path.unlink()
+            return
+        self._reports[block] = report
+        self._block_of.update(dict.fromkeys(names, block))
 
     def remove(self) -> None:
         """Removes the files."""

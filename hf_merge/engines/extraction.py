@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..checkpoints.folder import OutputFolder, check_output
 from ..config import MergeConfig
 from ..errors import ConfigError, NonFiniteError, PlanError
 from ..low_rank import Factors, factorized
-from ..methods.base import keyed_generator
+from ..methods.groups import keyed_generator
 from ..methods.linalg import Triplets, randomized_triplets, singular_triplets
 from .adapter_output import AdapterSink, checkpoint_layout, matrix_of, result_layout, seal_adapter
 from .choice import plan_merge
@@ -95,7 +96,7 @@ def extract_lora(model: Any, base_model: Any, folder: Path, settings: Extraction
     changes = _changes(plan, settings, report)
     layout = _final_layout(plan, changes)
     plan.adapter = layout
-    with OutputFolder(folder, checkpoint_layout(layout), "extraction") as output:
+    with OutputFolder(folder, checkpoint_layout(layout), str(uuid.uuid4())) as output:
         for name, change in changes.items():
             for key, tensor in layout.tensors(name, change).items():
                 output.write(key, tensor)

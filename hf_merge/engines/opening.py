@@ -141,7 +141,9 @@ class Opening:
         base_model = base_model if given else common_base(list(adapters.values()))
         listing = ", ".join(f"'{name}'" for name in adapters)
         if base_model is None:
-            raise ConfigError(f"The adapter(s) {listing} do not name their base model: pass base_model=... (--base).")
+            raise ConfigError(
+                f"The adapter(s) {listing} do not name their base model: pass base_model=... (`base_model` in a recipe, --base on the command line)."
+            )
         named = isinstance(base_model, (str, Path)) or (
             isinstance(base_model, Mapping) and set(base_model) <= _REFERENCE
         )
@@ -154,7 +156,7 @@ class Opening:
                 raise
             raise CheckpointError(
                 f"The base model '{base_model}' that the adapter(s) {listing} name cannot be opened ({error}) Pass "
-                "base_model=... (--base)."
+                "base_model=... (`base_model` in a recipe, --base on the command line)."
             ) from error
 
     def _experts(self, named: Mapping[str, Any], errors: list[MergeError]) -> dict[str, ModelSource]:
@@ -185,7 +187,7 @@ def _refuse_trained_biases(adapters: Mapping[str, Adapter]) -> None:
         if adapter.live is not None and getattr(adapter.config, "bias", "none") not in (None, "none"):
             raise ConfigError(
                 f"The adapter '{name}' trains biases, which a PeftModel keeps in the place of the base model's: pass "
-                "base_model=... (--base)."
+                "base_model=... (`base_model` in a recipe, --base on the command line)."
             )
 
 
@@ -221,21 +223,26 @@ def name_experts(experts: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
 
 def infer_base(experts: Sequence[ModelSource]) -> str | None:
     """The base model that the model cards of all experts name, if they agree on one that is not an expert itself."""
-    bases = {_base_of_card(source) for source in experts}
+    bases = {base_of_card(source.folder) if source.folder is not None else None for source in experts}
     base = bases.pop() if len(bases) == 1 else None
     return None if base in [source.reference.model for source in experts] else base
 
 
-def _base_of_card(source: ModelSource) -> str | None:
+def base_of_card(folder: Path) -> str | None:
+    """The base model that the model card in a folder names, where it names exactly one.
+
+    Raises:
+        CheckpointError: The card cannot be read. What a card says that is no card is not looked at, with a warning.
+    """
     import yaml
     from huggingface_hub import ModelCard
 
-    card = source.folder / "README.md" if source.folder is not None else None
-    if card is None or not card.is_file():
-        return None
+    card = folder / "README.md"
     try:
-        named = ModelCard.load(card, ignore_metadata_errors=True).data.base_model
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        named = ModelCard.load(card, ignore_metadata_errors=True).data.base_model if card.is_file() else None
+    except OSError as error:
+        raise CheckpointError(f"The model card '{card}' cannot be read: {error}.") from error
+    except (ValueError, TypeError, yaml.YAMLError) as error:
         logger.warning("The model card '%s' cannot be read (%s): the base model is not looked up there.", card, error)
         return None
     if isinstance(named, list) and len(named) == 1:

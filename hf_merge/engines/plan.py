@@ -155,7 +155,8 @@ class MergePlan:
         for step in self.config.next_recipes():
             lines.append(f"    then '{step.merge_type}' on the result")
         for task, head in self.heads.items():
-            lines.append(f"  head of '{task}': {', '.join(head.outputs)} -> heads/{task}/")
+            whole = ", with the whole adapter" if self.adapter is not None else ""
+            lines.append(f"  head of '{task}': {', '.join(head.outputs)} -> heads/{task}/{whole}")
         for (model, reason), count in Counter((d.model, d.reason) for d in self.dropped).items():
             lines.append(f"  not used: {count} tensor(s) of '{model}': {reason}")
         lines += [f"  note: {note}" for note in self.notes]

@@ -306,6 +306,8 @@ def _list_dropped(plan: MergePlan, head_reason: str) -> None:
                 continue
             if source.anatomy.parameters[name].is_task_head:
                 reason = head_reason if source is not plan.base else "the base model's own head is not needed"
+            elif source.anatomy.canonical(name) in plan.target.anatomy.by_canonical:
+                continue  # one of the problems
             else:
                 reason = f"{plan.target.model_class.__name__} has no such parameter"
             plan.dropped.append(Dropped(source.name, name, reason))

@@ -4,6 +4,7 @@ result, found by the token. Rows of tokens that the model does not know come fro
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,13 @@ class TokenRows:
     def count(self) -> int:
         """V."""
         return self.own.shape[1]
+
+    def fingerprint(self) -> str:
+        """Identifies the rows, wherever the tokenizers' files lie."""
+        digest = hashlib.sha256()
+        for table in (self.own, self.model, self.row, self.forced, self.zero, self.padding):
+            digest.update(f"{table.shape} {table.dtype}".encode() + np.ascontiguousarray(table).tobytes())
+        return digest.hexdigest()
 
     @cached_property
     def shared(self) -> np.ndarray:
@@ -175,6 +183,9 @@ class RetokenizedSource(DerivedSource):
         source.rows, source.index = rows, index
         source.vocabulary_axes, source.vocabulary = inner.vocabulary_axes, table
         return source
+
+    def fingerprint(self) -> list[Any]:
+        return [self.rows.fingerprint(), *self.inner.fingerprint()]
 
     @cached_property
     def names(self) -> NameMap:

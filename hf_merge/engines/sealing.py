@@ -17,7 +17,13 @@ from torch import Tensor
 
 from ..card import model_card
 from ..checkpoints.folder import OutputFolder
-from ..checkpoints.processors import CHAT_TEMPLATE, chat_template_of, module_folders, processor_files
+from ..checkpoints.processors import (
+    CHAT_TEMPLATE,
+    chat_template_of,
+    module_folders,
+    processor_files,
+    refuse_foreign_links,
+)
 from ..checkpoints.source import ModelSource
 from ..checkpoints.storage import SAFE_WEIGHTS
 from ..config import CONFIG_NAME, MergeConfig
@@ -66,7 +72,8 @@ def write_records(
     folder, recipe = output.partial, plan.resolved_recipe()
     (folder / CONFIG_NAME).write_text(recipe.to_json_string(), encoding="utf-8")
     content = str(card(recipe, list(plan.heads), plan.target.model_class.__name__))
-    (folder / "README.md").write_text(content, encoding="utf-8")
+    # Paths may have bytes that are no text in the system's encoding.
+    (folder / "README.md").write_text(content, encoding="utf-8", errors="replace")
     (folder / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     output.seal()
 
@@ -168,7 +175,9 @@ def _copy_processors(plan: MergePlan, folder: Path) -> None:
     files = [(source.processor_folder, path) for path in processor_files(source.processor_folder)]
     has_code = getattr(source.model_class, "_auto_class", None) or getattr(source.config, "auto_map", None)
     if has_code and source.folder is not None:
-        files += [(source.folder, path.relative_to(source.folder)) for path in sorted(source.folder.glob("*.py"))]
+        code = [path.relative_to(source.folder) for path in sorted(source.folder.glob("*.py"))]
+        refuse_foreign_links(source.folder, code)
+        files += [(source.folder, path) for path in code]
     for origin, path in files:
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)

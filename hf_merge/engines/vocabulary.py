@@ -118,7 +118,7 @@ class _Alignment:
         sizes = {vocabulary_size(source.config) for source, _ in tables}
         if same and (moved or len(sizes) > 1):
             self.notes.append(
-                f"the models have the same tokens under other ids: they are merged by token, as in {first}"
+                f"the models have the same tokens under other ids: they are merged by token, as in '{first.name}'"
             )
             return True
         return False
@@ -163,7 +163,7 @@ class _Alignment:
         for index, definition in zip(members[1:], definitions[1:], strict=True):
             for part in procedures_differ(definitions[0], definition):
                 self.notes.append(
-                    f"the '{part}' of the tokenizers of {self.sources[self.donor]} and {self.sources[index]} differ; "
+                    f"the '{part}' of the tokenizers of '{self.sources[self.donor].name}' and '{self.sources[index].name}' differ; "
                     "the result has the first"
                 )
         return unite(definitions, extra)
@@ -200,7 +200,7 @@ class _Alignment:
         size = -(-needed // multiple) * multiple
         if size < stored:
             self.notes.append(
-                f"pad_to_multiple_of={multiple}: {stored - size} row(s) of {self.sources[self.donor]} without a token are left out"
+                f"pad_to_multiple_of={multiple}: {stored - size} row(s) of '{self.sources[self.donor].name}' without a token are left out"
             )
         return size
 
@@ -217,6 +217,7 @@ class _Alignment:
                 "'tokens' and 'pad_to_multiple_of' out."
             )
         processors, rows = self.processors, self._rows()
+        self._note_size()
         models = []
         for index, source in enumerate(self.sources):
             if rows.is_identity(index, self._size_of(index)) and self._definition is None:
@@ -262,16 +263,25 @@ class _Alignment:
                 "tokenizer into its folder."
             )
         self.notes.append(
-            f"{self.sources[index]} has no tokenizer: it is taken to have that of {self.sources[self.donor]}"
+            f"'{self.sources[index].name}' has no tokenizer: it is taken to have that of '{self.sources[self.donor].name}'"
         )
         return self.tables[self.donor]
+
+    def _note_size(self) -> None:
+        """How large the vocabulary is, where it is not that of a model as it stands."""
+        own = len(self.tables[self.donor])
+        if len(self.table) > own:
+            self.notes.append(
+                f"the result has {len(self.table)} tokens in {self.size} rows: the {own} of '{self.sources[self.donor].name}' under their "
+                f"ids, then {len(self.table) - own} more"
+            )
 
     def _note_left_out(self, index: int, table: Mapping[str, int]) -> None:
         lost = [token for token, row in table.items() if token not in self.table and row < self._size_of(index)]
         if lost:
             shown = ", ".join(repr(token) for token in lost[:3])
             self.notes.append(
-                f"{len(lost)} token(s) of {self.sources[index]} are left out, the result's tokenizer lacks them: {shown}"
+                f"{len(lost)} token(s) of '{self.sources[index].name}' are left out, the result's tokenizer lacks them: {shown}"
                 f"{', ...' if len(lost) > 3 else ''} (tokenizer='union' keeps all)"
             )
 
@@ -327,6 +337,6 @@ class _Alignment:
 
         for key in map_token_ids(config, change, fallback):
             self.notes.append(
-                f"the token of '{key}' in the config of {self.sources[index]} is not in the result's tokenizer: it is that of "
-                f"{self.sources[self.donor]}"
+                f"the token of '{key}' in the config of '{self.sources[index].name}' is not in the result's tokenizer: it is that of "
+                f"'{self.sources[self.donor].name}'"
             )

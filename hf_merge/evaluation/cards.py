@@ -9,7 +9,7 @@ from pathlib import Path
 from ..card import CARD_NAME, adapter_card, combine_cards, model_card
 from ..config import MergeConfig
 from ..errors import CheckpointError, OutputError
-from ..hub import ADAPTER_CONFIG_NAME, HEADS_FOLDER
+from ..hub import ADAPTER_CONFIG_NAME, HEADS_FOLDER, merged_folder
 from .results import RESULT_HEADER, EvaluationResult
 from .tables import markdown_table
 
@@ -28,11 +28,11 @@ def update_card(folder: str | Path, *, force: bool = False) -> Path:
         CheckpointError: The folder is no merged model.
         OutputError: The card was written by somebody else, or cannot be written.
     """
-    folder = Path(folder)
+    is_adapter = (Path(folder) / ADAPTER_CONFIG_NAME).is_file()
+    folder = merged_folder(folder, *(() if is_adapter else ("config.json",)))
     config = MergeConfig.from_pretrained(folder)
     evaluation = EvaluationResult.load(folder)
     results = markdown_table(RESULT_HEADER, evaluation.rows()) if evaluation is not None else None
-    is_adapter = (folder / ADAPTER_CONFIG_NAME).is_file()
     class_name = _adapted_class(folder) if is_adapter else _class_of(folder)
     write = adapter_card if is_adapter else model_card
     card = write(config, _tasks(folder, config), class_name, results)

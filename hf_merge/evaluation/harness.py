@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ..checkpoints.tokenizers import load_tokenizer
 from ..data.samples import TaskModel
 from ..errors import ConfigError, MissingDependencyError
 from .results import EvaluationResult, TaskScore
@@ -80,7 +81,7 @@ def _run(
     if tokenizer is None:
         if fits.folder is None:
             raise ConfigError("The model has no folder with a tokenizer: pass tokenizer=....")
-        tokenizer = AutoTokenizer.from_pretrained(fits.folder, local_files_only=True)
+        tokenizer = load_tokenizer(fits.folder)
     with evaluating(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         try:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from ..auto import AutoMergedModel
 from ..checkpoints.source import ModelSource, open_source
@@ -106,7 +107,8 @@ class FolderSubject:
 
     def model(self, task: str) -> PreTrainedModel:
         head = task if task in self._heads else None
-        return AutoMergedModel.from_pretrained(self.folder, task=head, trust_remote_code=self._trust)
+        with _no_loading_bars():
+            return AutoMergedModel.from_pretrained(self.folder, task=head, trust_remote_code=self._trust)
 
     def fits(self, task: str) -> TaskModel:
         return replace(task_model(self._source), task=task)
@@ -188,7 +190,20 @@ def load(source: ModelSource) -> PreTrainedModel:
     if source.live is not None:
         return source.live
     state = {name: source.read(name) for name in source.parameters}
-    return assemble(source.model_class, source.config, state, source.dtype, source.generation_config)
+    with _no_loading_bars():
+        return assemble(source.model_class, source.config, state, source.dtype, source.generation_config)
+
+
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """Without the bars of transformers, which would stand between those of the tasks: one for every model and task."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def fitting(source: ModelSource) -> TaskModel:

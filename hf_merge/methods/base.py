@@ -62,7 +62,7 @@ class MergeMethod:
         refusals = []
         if cls.requires_base and not has_base:
             refusals.append(
-                f"The method '{name}' works on task vectors and needs the base model: pass base_model=... (--base)."
+                f"The method '{name}' works on task vectors and needs the base model: pass base_model=... (`base_model` in a recipe, --base on the command line)."
             )
         if experts < cls.min_experts:
             refusals.append(f"The method '{name}' needs at least {cls.min_experts} experts, got {experts}.")

@@ -78,7 +78,10 @@ def _remote_class(remote, names, auto_map, config, where, trust_remote_code) -> 
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     reference = next((ref for ref in auto_map.values() if names and ref.rpartition(".")[2] == names[0]), remote)
-    return get_class_from_dynamic_module(reference, config._name_or_path or where)
+    found = get_class_from_dynamic_module(reference, config._name_or_path or where)
+    if not issubclass(found, PreTrainedModel):
+        raise UnsupportedModelError(f"{where}: '{reference}', which its config.json names, is no PreTrainedModel.")
+    return found
 
 
 def build_shell(model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from hf_merge.adapters.opening import _is_adapter_repository
 from hf_merge.adapters.source import ConfigOnlySource, dequantized
 from hf_merge.errors import NonFiniteError
 from tests.vocabularies import ENGLISH, GERMAN, save_llama, train_bpe
+from tests.zoo import ZOO, save_zoo_model
 
 from .helpers import KINDS, AdapterBed, make_adapters, save_adapter
 
@@ -266,3 +267,14 @@ def test_another_vocabulary_of_a_model(tmp_path: Path):
     config = CatConfig(output="adapter", adapter_rank=2, tokenizer="union")
     with pytest.raises(PlanError, match="vocabularies of the models differ.*output='model'"):
         Merger.from_pretrained({"a": tmp_path / "a"}, config, base_model=tmp_path / "base").check()
+
+
+@pytest.mark.parametrize("output", ["model", "adapter"])
+def test_a_base_of_another_architecture(output: str, bed: AdapterBed, tmp_path: Path):
+    vit = save_zoo_model(ZOO["vit"].build(), tmp_path / "vit")
+    for folder in bed.adapters.values():
+        edit_config(folder, auto_mapping={"base_model_class": "LlamaForCausalLM", "parent_library": "x"})
+    refused(bed, "'a'", "trained on a LlamaForCausalLM", "base_model", output=output, base_model=vit)
+    for folder in bed.adapters.values():
+        edit_config(folder, auto_mapping=None, task_type=None)
+    refused(bed, "'a'", output=output, base_model=vit)

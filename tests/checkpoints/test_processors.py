@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_merge import CheckpointError, LinearConfig, MergeError, Merger
-from hf_merge.checkpoints.processors import module_folders, processor_files
+from hf_merge.checkpoints.processors import module_folders, processor_files, vocabulary_of
 
 from ..testing_utils import Bed, make_bed
 from ..zoo import ZOO
@@ -66,6 +66,18 @@ def test_modules_outside_of_the_folder_are_refused(bed, path):
     write_modules(bed.experts["a"], [{"path": path}])
     with pytest.raises(MergeError, match="only folders inside"):
         bed.merge(LinearConfig(), base=False)
+
+
+@pytest.mark.parametrize("index", [-1, 2**40, "1", True, None, 1.0, [1]])
+def test_ids_of_tokens_are_integers(tmp_path, index):
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0, "b": index}))
+    with pytest.raises(CheckpointError, match=r"vocab\.json.*the token 'b'"):
+        vocabulary_of(tmp_path)
+
+
+def test_tables_per_language_are_no_single_vocabulary(tmp_path):
+    (tmp_path / "vocab.json").write_text(json.dumps({"deu": {"a": 0}, "fra": {"b": 0}}))
+    assert vocabulary_of(tmp_path) is None
 
 
 @pytest.mark.parametrize("content", [{"path": "x"}, [{"name": "x"}], [{"path": 3}], "text"])

@@ -22,6 +22,7 @@ from transformers import (
 
 BERT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 BERT_EXPERTS = {"me/minilm-spam": 2, "me/minilm-movies": 3, "me/minilm-langid": 5}
+BERT_ADAPTERS = {"me/minilm-spam-lora": 2, "me/minilm-movies-lora": 3}
 LLAMA_BASE = "me/llama-base"
 LLAMA_EXPERTS = ("me/llama-code", "me/llama-math")
 LLAMA_ADAPTERS = ("me/llama-code-lora", "me/llama-math-lora")
@@ -53,12 +54,17 @@ def build_hub(folder: Path) -> None:
         expert = BertForSequenceClassification(BertConfig(num_labels=num_labels, **SIZE))
         expert.bert.load_state_dict(base.state_dict(), strict=False)
         _save(_perturbed(expert), folder / name)
+    for seed, (name, num_labels) in enumerate(BERT_ADAPTERS.items(), start=1):
+        torch.manual_seed(seed)
+        classifier = BertForSequenceClassification.from_pretrained(folder / BERT_BASE, num_labels=num_labels)
+        _save_adapter(classifier, BERT_BASE, folder / name, "SEQ_CLS", ["query", "value"])
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, bos_token_id=2, eos_token_id=3, **SIZE))
     _save(llama, folder / LLAMA_BASE)
     for seed, name in enumerate(LLAMA_ADAPTERS, start=1):
         torch.manual_seed(seed)
-        _save_adapter(folder / LLAMA_BASE, folder / name)
+        model = LlamaForCausalLM.from_pretrained(folder / LLAMA_BASE)
+        _save_adapter(model, LLAMA_BASE, folder / name, "CAUSAL_LM", ["q_proj", "v_proj"])
     for seed, name in enumerate(LLAMA_EXPERTS, start=1):
         torch.manual_seed(seed)
         expert = LlamaForCausalLM(llama.config)
@@ -89,11 +95,11 @@ def _build_data(folder: Path) -> None:
             (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
-def _save_adapter(base: Path, folder: Path) -> None:
-    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
-    model.peft_config["default"].base_model_name_or_path = LLAMA_BASE
-    model.save_pretrained(folder)
+def _save_adapter(model: PreTrainedModel, base: str, folder: Path, task_type: str, targets: list[str]) -> None:
+    config = LoraConfig(task_type=task_type, r=2, target_modules=targets, init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(folder)
 
 
 def _perturbed(model: PreTrainedModel) -> PreTrainedModel:

@@ -296,6 +296,25 @@ def test_impossible_rules_for_tokens(llamas, tmp_path, tokens, message):
         merge(llamas, LinearConfig(tokenizer="union", tokens=tokens), tmp_path / "out")
 
 
+def test_plan_says_how_large_the_vocabulary_is(llamas):
+    experts = {name: llamas[name] for name in ("german", "code")}
+    merger = Merger.from_pretrained(experts, LinearConfig(tokenizer="union"), base_model=llamas["base"])
+    tables = {name: AutoTokenizer.from_pretrained(llamas[name]).get_vocab() for name in ("base", "german", "code")}
+    total, own = len(set().union(*tables.values())), len(tables["base"])
+    note = (
+        f"the result has {total} tokens in {total} rows: the {own} of 'base' under their ids, then {total - own} more"
+    )
+    assert note in merger.check().notes
+
+
+def test_unknown_tokenizer_is_one_problem(llamas):
+    """It is found where tokens are aligned, and where files are copied. What the problems leave out is not called unknown."""
+    experts = {name: llamas[name] for name in ("german", "code")}
+    merger = Merger.from_pretrained(experts, LinearConfig(tokenizer="nobody"))
+    assert len([problem for problem in merger.problems() if "'nobody'" in problem]) == 1
+    assert "has no such parameter" not in str(merger.plan)
+
+
 def test_ids_in_configs_follow_their_tokens(llamas, tmp_path):
     moved = tmp_path / "moved"
     save_llama(moved, train_bpe(GERMAN, ["<de>", "<end>", "<eos>"]), 2, suppress_tokens=[0, 1])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging as transformers_logging
 
 from hf_merge.evaluation import EvaluationResult, evaluate_merge, read_tasks
 
@@ -146,3 +147,23 @@ def test_bad_files_of_tasks(content: str, said: str, place: Place, capsys: pytes
 def test_tasks_are_relative_to_their_file(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     assert set(read_tasks(place.tasks)) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [("report", "merge_config.json and no merge_report.json"), ("card", "merge_config.json and no config.json")],
+)
+def test_folder_that_is_not_merged(command: str, missing: str, tmp_path: Path, capsys):
+    assert run_cli([command, str(tmp_path)]) == 2
+    assert f"holds no {missing}, so it is no merged model: name a folder" in capsys.readouterr().err
+
+
+def test_eval_shows_no_bars_of_transformers(place: Place, capsys: pytest.CaptureFixture[str]):
+    transformers_logging.enable_progress_bar()
+    try:
+        assert run_cli(["eval", str(place.merged), "--tasks", place.tasks]) == 0
+        assert transformers_logging.is_progress_bar_enabled()
+    finally:
+        transformers_logging.disable_progress_bar()
+    shown = capsys.readouterr().err
+    assert "Loading weights" not in shown

@@ -13,7 +13,8 @@ from typing import Any
 from ...config import MergeConfig
 from ...engines.inspection import Inspection, inspect_models
 from ...engines.sealing import REPORT_NAME
-from ...errors import CheckpointError, ConfigError, MergeError
+from ...errors import ConfigError, MergeError
+from ...hub import merged_folder
 from ...merger import Merger
 from ...methods.task_arithmetic import TaskArithmeticConfig
 from ..comparison_results import INDIVIDUAL, Comparison, ComparisonRow, ResultsFile
@@ -70,13 +71,11 @@ def read_folder(
         trust_remote_code (`bool`): Whether code from the models' repositories may run.
 
     Raises:
-        CheckpointError: The folder holds no `merge_report.json`.
+        CheckpointError: The folder holds no `merge_config.json` or no `merge_report.json`.
         ConfigError: A file is not what it should be.
     """
+    path = merged_folder(folder, REPORT_NAME) / REPORT_NAME
     recipe = MergeConfig.from_pretrained(folder)
-    path = folder / REPORT_NAME
-    if not path.is_file():
-        raise CheckpointError(f"'{folder}' holds no {REPORT_NAME}: it was not written by Merger.save_pretrained.")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         _check(report)

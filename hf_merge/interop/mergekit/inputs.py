@@ -13,6 +13,10 @@ from .methods import PARAMETERS, Method
 from .values import Scope
 
 
+_MOST_LAYERS = 100_000
+"""More than any model has: a recipe is laid out layer by layer."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """A model as mergekit names it: a path or Hub id, and a revision."""
@@ -33,7 +37,8 @@ class Reference:
                     raise ConfigError(f"{where}: '{key}' is not supported: {remedy}.")
             if "model" in value:
                 return cls.parse(where, value["model"])
-            value = "@".join(part for part in (value.get("path"), value.get("revision")) if part)
+            parts = [part for part in (value.get("path"), value.get("revision")) if part]
+            value = "@".join(parts) if all(isinstance(part, str) for part in parts) else value
         if not isinstance(value, str) or not value:
             raise ConfigError(f"{where} must be a path or a Hub id, got {value!r}.")
         if os.path.exists(value):  # a folder whose name has one of mergekit's separators
@@ -188,6 +193,8 @@ def _layer_range(where: str, source: Mapping[str, Any]) -> tuple[int, int]:
         raise ConfigError(
             f"{where}: layer_range must be two integers, the first layer and the one after the last, got {bounds!r}."
         )
+    if not 0 <= bounds[0] < bounds[1] <= _MOST_LAYERS:
+        raise ConfigError(f"{where}: layer_range {bounds!r} is no range of a model's layers, such as [0, 16].")
     return bounds[0], bounds[1]
 
 

@@ -6,6 +6,7 @@ recipe), and for each tensor takes the first value whose filter matches. It inte
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -141,9 +142,9 @@ def _scalar(where: str, type: type, raw: Any) -> Any:
     elif isinstance(raw, (bool, int, float, str)):
         try:
             number = float(raw)
-        except ValueError:
-            number = None
-        if number is not None and (type is float or number == int(number)):
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number) and (type is float or number == int(number)):
             return type(number)
     words = {bool: "true or false", int: "an integer", float: "a number"}[type]
     raise ConfigError(f"{where} must be {words}, a list of such values, or a list of filters, got {raw!r}.")

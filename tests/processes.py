@@ -1,0 +1,60 @@
+"""Merges in processes of their own, which may be killed, and what they leave on the disk."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from .testing_utils import run_cli
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the report, which holds times."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "merge_report.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def _merge(arguments: Sequence[str], prepare: Callable[[], None] | None, log: Path) -> None:
+    with open(log, "w", encoding="utf-8", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        if prepare is not None:
+            prepare()
+        sys.exit(run_cli(arguments))
+
+
+@functools.cache
+def _fork_server():
+    """Starts processes in milliseconds: the libraries are imported once, in a server without threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.warm_up"])
+    return context
+
+
+def start(
+    arguments: Sequence[str], *, prepare: Callable[[], None] | None = None, log: Path = Path(os.devnull)
+) -> BaseProcess:
+    """Starts `hf-merge` with these arguments.
+
+    Args:
+        arguments (`Sequence[str]`): Of the command line.
+        prepare (`Callable`, *optional*): Called in the process before the command; it can be pickled.
+        log (`Path`): Where the process writes what it prints.
+    """
+    process = _fork_server().Process(target=_merge, args=(list(arguments), prepare, log))
+    process.start()
+    return process
+
+
+def kill_after(process: BaseProcess, out: Path, delay: float) -> None:
+    """Kills the process `delay` seconds after the merge began to write: its start-up is not worth shooting at."""
+    while process.is_alive() and not any(out.parent.iterdir()):
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.kill()
+    process.join()
