@@ -54,8 +54,10 @@ PAPERS: dict[str, Paper] = {
         alone=True,
     ),
     "2402.02705": Paper("Representation Surgery for Multi-Task Model Merging", "Yang", 2024),
+    "2403.07816": Paper("Branch-Train-MiX: Mixing Expert LLMs into a Mixture-of-Experts LLM", "Sukhbaatar", 2024),
     "2403.19522": Paper("Model Stock: All we need is just a few fine-tuned models", "Jang", 2024),
     "2405.07813": Paper("Localizing Task Information for Improved Model Merging and Compression", "Wang", 2024),
+    "2406.15479": Paper("Twin-Merging: Dynamic Integration of Modular Expertise in Model Merging", "Lu", 2024),
     "2406.11617": Paper(
         "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling", "Deep", 2024
     ),
