@@ -59,6 +59,7 @@ _EXPORTS = {
     "methods.linear": ["LinearConfig"],
     "methods.localize_and_stitch": ["LocalizeAndStitchConfig"],
     "methods.magmax": ["MagMaxConfig"],
+    "methods.moe": ["MoeConfig"],
     "methods.model_stock": ["ModelStockConfig"],
     "methods.multislerp": ["MultiSlerpConfig"],
     "methods.nearswap": ["NearSwapConfig"],
@@ -82,8 +83,10 @@ _EXPORTS = {
     "methods.mats": ["MatsConfig"],
     "methods.ace": ["AceConfig"],
     "methods.isotropic": ["IsoCConfig", "IsoCtsConfig"],
+    "methods.surgery": ["SurgeryConfig"],
     "methods.svc": ["SvcConfig"],
     "methods.tsv_m": ["TsvMConfig"],
+    "methods.twin": ["TwinConfig"],
     "methods.wudi": ["WudiConfig"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}

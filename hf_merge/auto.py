@@ -11,12 +11,15 @@ from transformers import PreTrainedModel
 from .checkpoints.source import ModelSource, load_config, open_source
 from .checkpoints.storage import open_storage
 from .config import CONFIG_NAME, MergeConfig
-from .engines.lazy import LazyModel, lazy_source, under_head
+from .engines.lazy import LazyModel, LazyTensor, lazy_source, under_head
 from .engines.sealing import HEADS_FOLDER
+from .engines.twin_parts import TwinParts
 from .errors import CheckpointError, ConfigError, suggest
 from .hub import ADAPTER_CONFIG_NAME, HubMixin, fetch_folder
 from .merger import Merger
+from .modeling.assembly import backbone_names
 from .modeling.shell import model_class_of
+from .modeling.surgery import HeadSurgery
 
 
 class AutoMergeConfig:
@@ -47,6 +50,7 @@ class AutoMergedModel:
         pretrained_model_name_or_path: str | Path | MergeConfig,
         *,
         task: str | None = None,
+        routed: bool = False,
         trust_remote_code: bool = False,
         **kwargs,
     ) -> PreTrainedModel:
@@ -55,7 +59,9 @@ class AutoMergedModel:
         Args:
             pretrained_model_name_or_path (`str`, `Path` or [`MergeConfig`]): A folder or a Hub id, or a recipe that names its
                 experts.
-            task (`str`, *optional*): The task (expert) whose head is wanted; the folder's own head by default.
+            task (`str`, *optional*): The task (expert) whose head is wanted; the folder's own head by default. Of a result of `"twin"` also
+                the task whose parts are added to the weights; without a task they are mixed for each sample.
+            routed (`bool`): For a result of `"twin"`: mix the parts for each sample under the head of `task`, too.
             trust_remote_code (`bool`): Whether code from the model's repository may run.
             kwargs: The Hub's arguments, and those of `from_pretrained` (`dtype`, `device_map`, `offload_folder`,
                 `attn_implementation`, ...). A recipe is merged where its parameters end up.
@@ -64,12 +70,13 @@ class AutoMergedModel:
             [`~transformers.PreTrainedModel`]
 
         Raises:
-            ConfigError: There is no such task.
+            ConfigError: There is no such task, or nothing to route.
             CheckpointError: The folder holds neither weights nor a recipe.
             PlanError: The recipe cannot be carried out.
         """
         hub_kwargs = HubMixin.split_hub_kwargs(kwargs)
         if isinstance(pretrained_model_name_or_path, MergeConfig):
+            _refuse_routing(routed, "A recipe")
             return cls._merge(pretrained_model_name_or_path, task, trust_remote_code, hub_kwargs, kwargs)
         folder, _ = fetch_folder(pretrained_model_name_or_path, **hub_kwargs)
         if (folder / ADAPTER_CONFIG_NAME).is_file():
@@ -78,15 +85,17 @@ class AutoMergedModel:
                 f"task's with the folder {HEADS_FOLDER}/<task> in it."
             )
         if not (folder / "config.json").is_file() and (folder / CONFIG_NAME).is_file():
+            _refuse_routing(routed, f"The recipe in '{folder}'")
             recipe = MergeConfig.from_pretrained(folder)
             # A revision or a folder inside of a repository is the recipe's, not its experts'.
             shared = {key: value for key, value in hub_kwargs.items() if key not in ("revision", "subfolder")}
             return cls._merge(recipe, task, trust_remote_code, shared, kwargs)
         merged = open_source("merged", str(folder), trust_remote_code=trust_remote_code)
+        twin = TwinParts.load(folder, None if routed else task)
+        _refuse_routing(routed and twin is None, f"'{folder}'")
         if task is None:
-            cls._check_class(merged.model_class, merged.config)
-            return merged.model_class.from_pretrained(folder, **kwargs)
-        return cls._with_head(merged, _head_folder(folder, task), trust_remote_code, kwargs)
+            return cls._whole(merged, folder, twin, kwargs)
+        return cls._of_task(merged, folder, task, twin, routed, trust_remote_code, kwargs)
 
     @classmethod
     def _merge(
@@ -104,15 +113,45 @@ class AutoMergedModel:
         return model.load(**kwargs)
 
     @classmethod
-    def _with_head(cls, merged: ModelSource, folder: Path, trust_remote_code: bool, kwargs: dict) -> PreTrainedModel:
+    def _whole(cls, merged: ModelSource, folder: Path, twin: TwinParts | None, kwargs: dict) -> PreTrainedModel:
+        """The folder under its own head, with the parts of all tasks where there are some."""
+        cls._check_class(merged.model_class, merged.config)
+        if twin is None:
+            return merged.model_class.from_pretrained(folder, **kwargs)
         _refuse_loading_info(kwargs)
-        where = f"the head '{folder.name}'"
-        config = load_config(folder, where, trust_remote_code)
-        model_class = model_class_of(config, where, trust_remote_code)
-        cls._check_class(model_class, config)
-        head = ModelSource(where, merged.reference, config, model_class, open_storage(folder))
-        state = under_head(merged, lazy_source(merged), head) | lazy_source(head)
-        return LazyModel(model_class, config, state, merged.dtype, merged.generation_config).load(**kwargs)
+        model = merged.model_class.from_pretrained(folder, **kwargs)
+        twin.install(model)
+        return model
+
+    @classmethod
+    def _of_task(
+        cls,
+        merged: ModelSource,
+        folder: Path,
+        task: str,
+        twin: TwinParts | None,
+        routed: bool,
+        trust_remote_code: bool,
+        kwargs: dict,
+    ) -> PreTrainedModel:
+        """The model of a task: under its head where heads are kept, with its parts folded in or with the parts of all tasks."""
+        _refuse_loading_info(kwargs)
+        state = lazy_source(merged)
+        if twin is not None and not routed:
+            state = {name: _with_part(twin, task, name, tensor) for name, tensor in state.items()}
+        head, names = merged, None
+        if twin is None or (folder / HEADS_FOLDER).is_dir():
+            head = _open_head(merged, _head_folder(folder, task), trust_remote_code)
+            names = {stored: name for name, stored in backbone_names(merged.anatomy, head.anatomy, state).items()}
+            state = under_head(merged, state, head) | lazy_source(head)
+        cls._check_class(head.model_class, head.config)
+        model = LazyModel(head.model_class, head.config, state, merged.dtype, merged.generation_config).load(**kwargs)
+        surgery = HeadSurgery.load(folder / HEADS_FOLDER / task)
+        if surgery is not None:
+            surgery.install(model)
+        if routed:
+            twin.install(model, names)
+        return model
 
     @classmethod
     def _check_class(cls, model_class: type[PreTrainedModel], config: Any) -> None:
@@ -127,6 +166,22 @@ class AutoMergedModel:
             raise ConfigError(
                 f"The model is a {model_class.__name__}, which {cls.__name__} does not load: use AutoMergedModel."
             )
+
+
+def _open_head(merged: ModelSource, folder: Path, trust_remote_code: bool) -> ModelSource:
+    where = f"the head '{folder.name}'"
+    config = load_config(folder, where, trust_remote_code)
+    model_class = model_class_of(config, where, trust_remote_code)
+    return ModelSource(where, merged.reference, config, model_class, open_storage(folder))
+
+
+def _with_part(twin: TwinParts, task: str, name: str, tensor: LazyTensor) -> LazyTensor:
+    return LazyTensor(tensor.info, lambda: twin.added(task, name, tensor.make()), tensor.errors)
+
+
+def _refuse_routing(asked: bool, what: str) -> None:
+    if asked:
+        raise ConfigError(f"{what} has no parts of tasks that could be routed: leave routed=True out.")
 
 
 def _refuse_loading_info(kwargs: dict) -> None:

@@ -33,6 +33,9 @@ _SAFE_WEIGHTS = [
     "*/model*.safetensors",
     "adapter_model.safetensors",
     "*/adapter_model.safetensors",
+    "*/surgery.safetensors",
+    "twin/*.safetensors",
+    "*/twin/*.safetensors",
 ]
 _TORCH_WEIGHTS = ["pytorch_model*.bin", "*/pytorch_model*.bin", "adapter_model.bin", "*/adapter_model.bin"]
 

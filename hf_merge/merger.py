@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import __version__
@@ -35,7 +34,7 @@ from .engines.opening import Opening
 from .engines.placement import Placement
 from .engines.plan import MergePlan
 from .engines.sealing import head_tensors, processor_notes, result_config, result_dtype, seal
-from .engines.streaming import MergeReport, StreamingEngine, on_disk
+from .engines.streaming import MergeReport, StateDictSink, StreamingEngine, on_disk
 from .errors import ConfigError, PlanError, suggest
 from .hub import HubMixin, upload_folder
 from .modeling.assembly import assemble, transfer_backbone
@@ -194,7 +193,7 @@ class Merger(HubMixin):
             )
         plan, engine = self._prepare(None, data, callbacks, args)
         groups = [SaveGroup([name], {name: info}, True) for name, info in plan.outputs.items()]
-        sink = _StateDict()
+        sink = StateDictSink()
         self.report = engine.run(groups, sink)
         generation_config = plan.target.generation_config
         self.model = assemble(
@@ -229,14 +228,21 @@ class Merger(HubMixin):
         """
         index = self._index_of(task)
         model = self.model if self.model is not None else self.merge()
-        head = self.plan.heads.get(task)
+        head, state = self.plan.heads.get(task), model.state_dict()
+        if self.plan.twin is not None:
+            state = {name: self.plan.twin.added(task, name, value) for name, value in state.items()}
         if head is None:
-            return copy.deepcopy(model)
+            model = copy.deepcopy(model)
+            model.load_state_dict(state)
+            return model
         source = self.plan.experts[index]
         tensors = head_tensors(source, head)
         source = head.model or source
-        state = transfer_backbone(self.plan.target.anatomy, source.anatomy, model.state_dict())
-        return assemble(source.model_class, source.config, state | tensors, result_dtype(self.plan))
+        state = transfer_backbone(self.plan.target.anatomy, source.anatomy, state)
+        model = assemble(source.model_class, source.config, state | tensors, result_dtype(self.plan))
+        if head.surgery is not None:
+            head.surgery.install(model)
+        return model
 
     def _index_of(self, task: str) -> int:
         """Which expert a task is, or the reason why there is no model for it."""
@@ -376,19 +382,6 @@ _ARGUMENTS = (
 
 
 _UPLOAD_ARGUMENTS = ("commit_message", "private", "token", "revision", "create_pr")
-
-
-class _StateDict:
-    """A sink that keeps the merged parameters."""
-
-    def __init__(self):
-        self.tensors: dict[str, Tensor] = {}
-
-    def wants(self, keys: list[str]) -> bool:
-        return True
-
-    def write(self, key: str, tensor: Tensor) -> None:
-        self.tensors[key] = tensor
 
 
 def default_config(base_known: bool) -> MergeConfig:

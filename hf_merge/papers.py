@@ -107,6 +107,9 @@ PAPERS: dict[str, Paper] = {
         "Enneng Yang, Li Shen, Zhenyi Wang, Guibing Guo, Xiaojun Chen, Xingwei Wang, Dacheng Tao",
         2024,
     ),
+    "2403.07816": Paper(
+        "Branch-Train-MiX: Mixing Expert LLMs into a Mixture-of-Experts LLM", "Sukhbaatar", 2024, complete=False
+    ),
     "2403.19522": Paper(
         "Model Stock: All we need is just a few fine-tuned models",
         "Dong-Hwan Jang, Sangdoo Yun, Dongyoon Han",
@@ -121,6 +124,9 @@ PAPERS: dict[str, Paper] = {
         "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
         "Pala Tej Deep, Rishabh Bhardwaj, Soujanya Poria",
         2024,
+    ),
+    "2406.15479": Paper(
+        "Twin-Merging: Dynamic Integration of Modular Expertise in Model Merging", "Lu", 2024, complete=False
     ),
     "2407.06322": Paper(
         "MagMax: Leveraging Model Merging for Seamless Continual Learning",

@@ -11,11 +11,21 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from hf_merge import CheckpointError, ConfigError, LinearConfig, Merger, OutputError, TaskArithmeticConfig
+from hf_merge import (
+    CheckpointError,
+    ConfigError,
+    LinearConfig,
+    MergeConfig,
+    Merger,
+    OutputError,
+    SurgeryConfig,
+    TaskArithmeticConfig,
+    TwinConfig,
+)
 from hf_merge import hub as hub_module
 from hf_merge.hub import fetch_file, fetch_folder, push_folder, push_heads
 
-from .methods.helpers_models import models
+from .methods.helpers_models import models, samples
 from .testing_utils import run_cli
 
 
@@ -202,13 +212,22 @@ def test_repository_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None
         fetch_folder("me/absent")
 
 
-def test_patterns_cover_what_a_merged_folder_holds(merged: Path) -> None:
+@pytest.mark.parametrize(
+    "config", [TaskArithmeticConfig(), SurgeryConfig(epochs=1), TwinConfig(epochs=1)], ids=lambda one: one.merge_type
+)
+def test_patterns_cover_what_a_merged_folder_holds(config: MergeConfig, tmp_path: Path) -> None:
     from fnmatch import fnmatch
 
+    base, experts = models()
+    data = samples() if config.merge_type != "task_arithmetic" else None
+    Merger.from_pretrained(experts, config, base_model=base).save_pretrained(tmp_path / "out", data=data)
     patterns = hub_module._OTHER_FILES + hub_module._SAFE_WEIGHTS
-    for path in merged.rglob("*"):
-        name = path.relative_to(merged).as_posix()
-        assert not path.is_file() or any(fnmatch(name, pattern) for pattern in patterns), name
+    for path in filter(Path.is_file, tmp_path.rglob("*")):
+        names = [path.relative_to(tmp_path / "out").as_posix()]
+        if path.suffix == ".safetensors":
+            names.append(path.relative_to(tmp_path).as_posix())  # the same in a folder of a repository
+        for name in names:
+            assert any(fnmatch(name, pattern) for pattern in patterns), name
 
 
 @pytest.mark.parametrize("name", ["me/nowhere", "not a valid id", "me/x--y..z"])

@@ -118,7 +118,7 @@ class AdapterEngine(StreamingEngine):
         return super()._group(parameter, Loaded(changes, torch.zeros_like(changes[0])))
 
     @torch.no_grad()
-    def _finish(self, parameter: PlannedParameter, loaded: Loaded, rounded: bool = True) -> Tensor | Factors:
+    def finish(self, parameter: PlannedParameter, loaded: Loaded, rounded: bool = True) -> Tensor | Factors:
         """The merged value; where the result is an adapter that holds the parameter's change, the merged change."""
         if not isinstance(loaded, LoadedChanges):
             return self._finish_value(parameter, loaded, rounded)
@@ -146,7 +146,7 @@ class AdapterEngine(StreamingEngine):
     def _finish_value(self, parameter: PlannedParameter, loaded: Loaded, rounded: bool) -> Tensor:
         """By a method that needs the values; an adapter gets the difference to the base model's."""
         holds_change = self._whole is not None and parameter.name not in self._whole
-        value = super()._finish(parameter, loaded, rounded and not holds_change)
+        value = super().finish(parameter, loaded, rounded and not holds_change)
         return value - loaded.base.to(value.dtype) if holds_change else value
 
     def _merge_low_rank(self, parameter: PlannedParameter, loaded: LoadedChanges, row: dict) -> Factors | None:

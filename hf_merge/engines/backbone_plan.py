@@ -11,16 +11,15 @@ import torch
 from transformers import PretrainedConfig
 
 from ..checkpoints.processors import moved_tokens
-from ..checkpoints.source import ModelReference, ModelSource
-from ..checkpoints.storage import Storage, TensorInfo
+from ..checkpoints.source import ModelSource
+from ..checkpoints.storage import TensorInfo
 from ..config import MergeConfig
-from ..errors import CheckpointError
 from ..methods.base import ParameterKind
 from ..modeling.blocks import find_block_lists
-from ..modeling.shell import build_shell
 from ..registry import get_merge_method
 from .heads import HeadPlan
 from .plan import MergePlan, PlannedParameter
+from .planned_source import planned_source
 from .vocabulary import align_vocabularies
 
 
@@ -42,20 +41,6 @@ _SAME = (
 )
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "n_inner")
 _MIXTURES = (ParameterKind.EXPERT_LINEAR, ParameterKind.TRANSPOSED_EXPERT_LINEAR)
-
-
-class _Shapes(Storage):
-    """What a model that does not exist yet will store.
-
-    Args:
-        infos (`dict[str, TensorInfo]`): By module name.
-    """
-
-    def __init__(self, infos: dict[str, TensorInfo]):
-        self.infos = infos
-
-    def read(self, key: str) -> torch.Tensor:
-        raise CheckpointError(f"'{key}' is not merged yet and cannot be read.")
 
 
 def build_backbone_plan(config: MergeConfig, experts: Sequence[ModelSource], base: ModelSource | None) -> MergePlan:
@@ -183,17 +168,7 @@ def _merged_source(source: ModelSource, template: PretrainedConfig, width: int) 
     set_width(config, width)
     if getattr(config, "tie_word_embeddings", None) is not None:
         config.tie_word_embeddings = False
-    shell = build_shell(source.model_class, config, source.dtype)
-    storage = _Shapes({name: TensorInfo(tuple(t.shape), t.dtype) for name, t in shell.state_dict().items()})
-    return ModelSource(
-        name=source.name,
-        reference=ModelReference(None),
-        config=config,
-        model_class=source.model_class,
-        storage=storage,
-        generation_config=source.generation_config,
-        live=shell,
-    )
+    return planned_source(source, source.model_class, config)
 
 
 def set_width(config: PretrainedConfig, width: int) -> None:

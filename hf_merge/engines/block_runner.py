@@ -6,7 +6,7 @@ Between two blocks only activations are kept; weights outside of blocks are ther
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +86,7 @@ class BlockRunner:
         bf16 (`bool`): Whether blocks run in bfloat16 (autocast).
 
     **Attributes**:
-        - **running** (`Key` or `None`) -- The batch that runs now, for hooks outside of blocks.
+        - **running** (`Key` or `None`) -- The batch that runs now, for hooks.
     """
 
     def __init__(
@@ -284,6 +284,33 @@ def open_runner(
 ) -> BlockRunner:
     """A [`BlockRunner`] with a shell of its own."""
     return BlockRunner(label, build_runnable_shell(model_class, config), read, batches, cache, device, bf16)
+
+
+def run_to_the_end(runner: BlockRunner) -> None:
+    """Takes every batch through all blocks and what is behind them."""
+    while reached := runner.advance():
+        block = min(reached.values(), key=runner.reentry.order.__getitem__)
+        with runner.block_resident(block) as module:
+            for key in [key for key, name in reached.items() if name == block]:
+                runner.running = key
+                runner.push(key, module)
+            runner.running = None
+
+
+@contextlib.contextmanager
+def hooked(
+    runner: BlockRunner, layers: Sequence[str], see: Callable[[str, Tensor, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Shows `see(name, inputs, output)` every call of the layers; what it returns, if anything, takes the output's place."""
+    handles = []
+    for name in layers:
+        layer = runner.model.get_submodule(name)
+        handles.append(layer.register_forward_hook(lambda module, args, output, name=name: see(name, args[0], output)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _is_hidden(value: Any) -> bool:

@@ -9,24 +9,34 @@ from ..checkpoints.conversion import SaveGroup
 from ..checkpoints.source import ModelSource
 from ..config import MergeConfig
 from ..data.calibration import CalibrationData
+from ..methods.after_base import AfterMergeMethod, ExclusiveMethod
 from ..methods.backbone_base import BackboneMethod
 from ..methods.base import TensorMethod
 from ..methods.block_base import BlockMethod
+from ..methods.mixture_base import MixtureMethod
 from ..methods.model_base import ModelMethod
 from ..registry import get_merge_method
 from .adapter_output import plan_adapter
 from .adapters import tensor_engine
+from .after_merge import inner_plan, outer_plan
 from .backbone_blocks import BackboneBlocksEngine
 from .backbone_plan import build_backbone_plan
 from .backbones import BackboneEngine
 from .blockwise import BlockwiseEngine
 from .calibrated import initial_plan
 from .end_to_end import EndToEndEngine
+from .mixture_plan import build_mixture_plan
+from .mixtures import MixtureEngine
 from .options import EngineOptions
 from .placement import Placement
 from .plan import MergePlan
 from .planning import build_plan
 from .streaming import MergeReport, Sink
+from .surgery import SurgeryEngine, plan_surgery
+from .twin import TwinEngine, plan_twin
+
+
+_PLANS = {BackboneMethod: build_backbone_plan, MixtureMethod: build_mixture_plan}
 
 
 class Engine(Protocol):
@@ -50,7 +60,14 @@ def plan_merge(config: MergeConfig, experts: Sequence[ModelSource], base: ModelS
         base ([`ModelSource`], *optional*): The base model.
     """
     method = get_merge_method(config.merge_type).method_cls
-    build = build_backbone_plan if issubclass(method, BackboneMethod) else build_plan
+    if issubclass(method, AfterMergeMethod):
+        plan = outer_plan(config, plan_merge(config.inner_config(), experts, base))
+        plan.problems += [
+            one for one in method.refusals(config.merge_type, len(experts), True) if one not in plan.problems
+        ]
+        (plan_twin if issubclass(method, ExclusiveMethod) else plan_surgery)(plan)
+        return plan
+    build = next((plan for contract, plan in _PLANS.items() if issubclass(method, contract)), build_plan)
     plan = build(config, experts, base)
     if config.output == "adapter":
         plan_adapter(plan)
@@ -73,16 +90,15 @@ def find_data_problems(plan: MergePlan, data: CalibrationData | None, has_option
             if data is None
             else [f"The method '{name}' needs no data: leave the samples, callbacks and arguments out."]
         )
+    if issubclass(method, AfterMergeMethod):
+        return _after_merge_problems(plan, data, has_options)
     problems = [
         f"A rule chooses '{other}', which needs data: only the recipe's own method may."
         for other in sorted({p.settings.merge_type for p in plan.parameters if p.action == "merge"} - {name})
         if get_merge_method(other).method_cls.requires_data
     ]
     if data is None:
-        problems.append(
-            f"The method '{name}' needs calibration samples: pass them by task, merge({{task: samples}}) or "
-            "save_pretrained(folder, data={task: samples}) of a Merger; on the command line only `hf-merge compare` has samples."
-        )
+        problems.append(_missing_samples(name))
     else:
         problems += data.problems([source.name for source in plan.experts])
         keeps_samples = not issubclass(method, BackboneMethod) or is_block_wise(plan.config)
@@ -98,6 +114,23 @@ def find_data_problems(plan: MergePlan, data: CalibrationData | None, has_option
     return problems
 
 
+def _missing_samples(name: str) -> str:
+    return (
+        f"The method '{name}' needs calibration samples: pass them by task, merge({{task: samples}}) or "
+        "save_pretrained(folder, data={task: samples}) of a Merger; on the command line only `hf-merge compare` has samples."
+    )
+
+
+def _after_merge_problems(plan: MergePlan, data: CalibrationData | None, has_options: bool) -> list[str]:
+    """Those of the inner recipe, where it has a use for samples, and of what is added to its result."""
+    if data is None:
+        return [_missing_samples(plan.config.merge_type)]
+    inner = inner_plan(plan)
+    if get_merge_method(inner.config.merge_type).method_cls.needs_data(inner.config):
+        return find_data_problems(inner, data, has_options)
+    return data.problems([source.name for source in plan.experts])
+
+
 def choose_engine(
     plan: MergePlan, placement: Placement, data: CalibrationData | None = None, options: EngineOptions | None = None
 ) -> Engine:
@@ -110,12 +143,20 @@ def choose_engine(
         options ([`EngineOptions`], *optional*): For the engines that need data.
     """
     method = get_merge_method(plan.config.merge_type).method_cls
+    if issubclass(method, AfterMergeMethod):
+        inner = inner_plan(plan)
+        needs_data = get_merge_method(inner.config.merge_type).method_cls.needs_data(inner.config)
+        engine = choose_engine(inner, placement, data if needs_data else None, options)
+        engine_cls = TwinEngine if issubclass(method, ExclusiveMethod) else SurgeryEngine
+        return engine_cls(plan, engine, placement, data, options)
     if issubclass(method, BlockMethod):
         return BlockwiseEngine(plan, placement, data, options)
     if issubclass(method, ModelMethod):
         return EndToEndEngine(plan, placement, data, options)
     if issubclass(method, BackboneMethod) and is_block_wise(plan.config):
         return BackboneBlocksEngine(plan, placement, data, options)
+    if issubclass(method, MixtureMethod):
+        return MixtureEngine(plan, placement, data, options)
     if issubclass(method, BackboneMethod):
         return BackboneEngine(plan, placement, data, options)
     if issubclass(method, TensorMethod):

@@ -31,7 +31,7 @@ from .options import EngineOptions
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
 from .planning import build_plan
-from .streaming import MergeReport, Sink, StreamingEngine, on_disk, peak_memory_bytes
+from .streaming import MergeReport, Sink, StateDictSink, StreamingEngine, on_disk, peak_memory_bytes
 from .task_models import LazyTensors, LoadedModels, MergedValues, as_parameter, build_model, parameter_names
 
 
@@ -117,11 +117,13 @@ class EndToEndEngine:
         plan = build_plan(start, self.plan.experts, self.plan.base).check()
         options = replace(self.options, work_dir=None, monitor=BlockMonitor())
         groups = [SaveGroup([name], {name: info}, True) for name, info in plan.outputs.items()]
-        sink = _Values()
+        sink = StateDictSink()
         report = BlockwiseEngine(plan, self._placement, self._data, options).run(groups, sink)
         self.report.blocks.update(report.blocks)
         return {
-            parameter.name: sink.values[parameter.name] for parameter in plan.parameters if parameter.action == "merge"
+            parameter.name: sink.tensors[parameter.name]
+            for parameter in plan.parameters
+            if parameter.action == "merge"
         }
 
     def _is_merged(self, parameter: PlannedParameter) -> bool:
@@ -207,16 +209,3 @@ class EndToEndEngine:
             [self.options.bf16, self.options.gradient_accumulation_steps, self.options.seed],
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-class _Values:
-    """A sink that keeps what it is given."""
-
-    def __init__(self):
-        self.values: dict[str, Tensor] = {}
-
-    def wants(self, keys: list[str]) -> bool:
-        return True
-
-    def write(self, key: str, tensor: Tensor) -> None:
-        self.values[key] = tensor

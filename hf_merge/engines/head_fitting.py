@@ -8,7 +8,6 @@ form of the surgery modules of arXiv 2402.02705). The blocks stay as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from ..data.calibration import TaskSamples
 from ..methods.base import ParameterKind
 from ..methods.linalg import solve_symmetric, sum_dtype
 from ..modeling.shell import output_embeddings
-from .block_runner import BlockRunner, Key, open_runner
+from .block_runner import BlockRunner, Key, hooked, open_runner, run_to_the_end
 from .calibrated import is_left_to_method
 from .heads import HeadPlan
 from .options import EngineOptions
@@ -187,8 +186,8 @@ class HeadFitter:
         def see(name: str, inputs: Tensor, output: Tensor) -> None:
             outputs[name, runner.running] = self.cache.put(output.float())
 
-        with _hooked(runner, layers, see):
-            _run_to_the_end(runner)
+        with hooked(runner, layers, see):
+            run_to_the_end(runner)
         return outputs
 
     def _moments(
@@ -218,32 +217,9 @@ class HeadFitter:
             moments[name].add(rows[chosen], errors[chosen])
             return target.to(output.dtype)
 
-        with _hooked(runner, layers, see):
-            _run_to_the_end(runner)
+        with hooked(runner, layers, see):
+            run_to_the_end(runner)
         return moments
-
-
-def _run_to_the_end(runner: BlockRunner) -> None:
-    """Takes every batch through all blocks and what is behind them."""
-    while reached := runner.advance():
-        block = min(reached.values(), key=runner.reentry.order.__getitem__)
-        with runner.block_resident(block) as module:
-            for key in [key for key, name in reached.items() if name == block]:
-                runner.push(key, module)
-
-
-@contextmanager
-def _hooked(runner: BlockRunner, layers: Sequence[str], see: Any) -> Iterator[None]:
-    """Shows `see(name, inputs, output)` every call of the layers; what it returns, if anything, takes the output's place."""
-    handles = []
-    for name in layers:
-        layer = runner.model.get_submodule(name)
-        handles.append(layer.register_forward_hook(lambda module, args, output, name=name: see(name, args[0], output)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class LazyParameters(Mapping[str, Tensor]):

@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoints.source import ModelSource
 from ..checkpoints.storage import TensorInfo
+from ..modeling.surgery import HeadSurgery
 
 
 @dataclass
@@ -21,6 +22,7 @@ class HeadPlan:
         outputs (`dict[str, TensorInfo]`): Shape and dtype to save them in.
         model ([`ModelSource`], *optional*): The result under this head, where its config is not the expert's own.
         values (`dict[str, torch.Tensor]`, *optional*): What an engine made of the head; the expert's own when `None`.
+        surgery ([`HeadSurgery`], *optional*): A correction of the features that the head reads.
     """
 
     task: str
@@ -28,6 +30,7 @@ class HeadPlan:
     outputs: dict[str, TensorInfo]
     model: ModelSource | None = None
     values: dict[str, torch.Tensor] | None = None
+    surgery: HeadSurgery | None = None
 
 
 @dataclass

@@ -40,7 +40,8 @@ class MergedSource(ModelSource):
         method = get_merge_method(plan.config.merge_type).method_cls
         if not issubclass(method, TensorMethod):
             raise ConfigError(
-                f"'{name}': a recipe inside another one must be data-free, '{plan.config.merge_type}' is not."
+                f"'{name}': a recipe inside another one must merge parameter by parameter, without data; "
+                f"'{plan.config.merge_type}' does not."
             )
         target = plan.target
         source = cls(

@@ -20,7 +20,7 @@ from ..registry import get_merge_method
 from .heads import HeadPlan
 
 
-Action = Literal["merge", "mean", "copy"]
+Action = Literal["merge", "mean", "copy", "stack", "route"]
 
 
 @dataclass
@@ -31,8 +31,10 @@ class PlannedParameter:
         name (`str`): Its module name in the merged model.
         kind ([`ParameterKind`]): What it is.
         depth (`float`): 0 at the input, 1 at the output.
-        action (`str`): `"merge"`: by the method; `"mean"`: the experts' mean; `"copy"`: from one model.
-        experts (`list[str]`): Its module name in each expert.
+        action (`str`): `"merge"`: by the method; `"mean"`: the experts' mean; `"copy"`: from one model; `"stack"`: the weights of
+            all experts become those of a mixture of experts; `"route"`: the router of such a mixture.
+        experts (`list[str]`): Its module name in each expert; for `"stack"` the names of the first expert's weights that it is
+            put together from, then those of the second expert, and so on.
         base (`str`, *optional*): Its module name in the base model.
         info ([`TensorInfo`]): Shape and dtype of the result.
         settings ([`MergeConfig`]): The method's settings for this parameter.
@@ -88,6 +90,7 @@ class MergePlan:
         notes (`list[str]`): What a careful user wants to know.
         problems (`list[str]`): What prevents the merge.
         adapter ([`AdapterLayout`], *optional*): The files of the result, where it is an adapter.
+        twin ([`TwinParts`], *optional*): What an engine keeps of every expert beside the merged weights.
         merged ([`ModelSource`], *optional*): The result's class, config and parameters, where they are not the first expert's.
     """
 
@@ -101,6 +104,7 @@ class MergePlan:
     problems: list[str] = field(default_factory=list)
     merged: ModelSource | None = None
     adapter: Any = None
+    twin: Any = None
 
     @property
     def target(self) -> ModelSource:

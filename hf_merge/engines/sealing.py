@@ -51,6 +51,10 @@ def seal(plan: MergePlan, output: OutputFolder, report: MergeReport) -> None:
     for task, head in plan.heads.items():
         source = next(source for source in plan.experts if source.name == task)
         _save_head(head.model or source, head_tensors(source, head), folder / HEADS_FOLDER / task)
+        if head.surgery is not None:
+            head.surgery.save(folder / HEADS_FOLDER / task)
+    if plan.twin is not None:
+        plan.twin.save(folder)
     _copy_processors(plan, folder)
     write_records(plan, output, report, model_card)
 

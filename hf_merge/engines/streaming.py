@@ -44,6 +44,19 @@ class Sink(Protocol):
     def write(self, key: str, tensor: Tensor) -> None: ...
 
 
+class StateDictSink:
+    """A sink that keeps what it is given."""
+
+    def __init__(self):
+        self.tensors: dict[str, Tensor] = {}
+
+    def wants(self, keys: list[str]) -> bool:
+        return True
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        self.tensors[key] = tensor
+
+
 @dataclass
 class MergeReport:
     """What happened: one row per parameter, and the run as a whole.
@@ -53,7 +66,8 @@ class MergeReport:
         - **seconds** (`dict[str, float]`) -- Wall time by phase.
         - **peak_memory_bytes** (`int`) -- The largest resident set of the process so far.
         - **blocks** (`dict[str, dict]`) -- Per block, for methods that need data: losses and steps.
-        - **heads** (`dict[str, dict]`) -- Per task whose head was fitted: which layers, and to how many samples.
+        - **heads** (`dict[str, dict]`) -- Per task whose head was fitted or whose features are corrected: which layers, and to how
+          many samples.
         - **dropped** (`list[dict]`), **notes** (`list[str]`) -- As planned.
     """
 
@@ -115,19 +129,23 @@ class StreamingEngine:
         with progress(total, "Merging") as bar, ThreadPoolExecutor(1, "hf_merge-write") as writer:
             writing: Future | None = None
             for group, loaded in self._read_ahead(pending):
-                merged = {name: self._finish(self._by_name[name], tensors) for name, tensors in loaded.items()}
+                merged = {name: self.finish(self._by_name[name], tensors) for name, tensors in loaded.items()}
                 del loaded  # before the next ones are read
                 if writing is not None:
                     writing.result()
                 writing = writer.submit(self._write, group, merged, sink, bar)
             if writing is not None:
                 writing.result()
-        for remark in [remark for method in self._methods.values() for remark in method.remarks()]:
+        for remark in self.remarks():
             logger.warning(remark)
             self.report.notes.append(remark)
         self.report.seconds["merge"] = time.perf_counter() - start
         self.report.peak_memory_bytes = peak_memory_bytes()
         return self.report
+
+    def remarks(self) -> list[str]:
+        """What the methods noticed over the whole merge."""
+        return [remark for method in self._methods.values() for remark in method.remarks()]
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -212,7 +230,7 @@ class StreamingEngine:
                 bar.update(parameter.info.nbytes)
 
     @torch.no_grad()
-    def _finish(self, parameter: PlannedParameter, loaded: Loaded, rounded: bool = True) -> Tensor:
+    def finish(self, parameter: PlannedParameter, loaded: Loaded, rounded: bool = True) -> Tensor:
         """The merged value on the CPU, in its output dtype when `rounded`, else in that of the arithmetic."""
         row = self._row(parameter)
         if parameter.action == "copy":
@@ -299,7 +317,7 @@ class StreamingEngine:
     def merge_parameter(self, name: str, rounded: bool = False) -> Tensor:
         """Reads and merges one parameter now, in its output dtype when `rounded`, else in that of the arithmetic."""
         parameter = self._by_name[name]
-        return self._finish(parameter, self.read(parameter), rounded)
+        return self.finish(parameter, self.read(parameter), rounded)
 
     def _describe_non_finite(self, parameter: PlannedParameter, group: TensorGroup, merged: Tensor) -> str:
         sources = [

@@ -170,6 +170,10 @@ class LoadedModels(TaskModels):
             self._students[task] = build_model(source.model_class, source.config, value_of, self._device)
         return self._students[task]
 
+    def release(self, task: int) -> None:
+        """Forgets the model of a task, whose head is its own."""
+        self._students.pop(task, None)
+
     @contextmanager
     def expert(self, task: int) -> Iterator[PreTrainedModel]:
         source = self._experts[task]

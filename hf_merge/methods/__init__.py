@@ -21,6 +21,7 @@ from .localize_and_stitch import LocalizeAndStitch, LocalizeAndStitchConfig
 from .magmax import MagMax, MagMaxConfig
 from .mats import Mats, MatsConfig
 from .model_stock import ModelStock, ModelStockConfig
+from .moe import Moe, MoeConfig
 from .multislerp import MultiSlerp, MultiSlerpConfig
 from .nearswap import NearSwap, NearSwapConfig
 from .nuslerp import NuSlerp, NuSlerpConfig
@@ -31,10 +32,12 @@ from .ram import Ram, RamConfig
 from .regmean import RegMean, RegMeanConfig, RegMeanPlusPlus, RegMeanPlusPlusConfig
 from .sce import Sce, SceConfig
 from .slerp import Slerp, SlerpConfig
+from .surgery import Surgery, SurgeryConfig
 from .svc import Svc, SvcConfig
 from .task_arithmetic import TaskArithmetic, TaskArithmeticConfig
 from .ties import Ties, TiesConfig
 from .tsv_m import TsvM, TsvMConfig
+from .twin import Twin, TwinConfig
 from .wise_ft import WiseFt, WiseFtConfig
 from .wudi import Wudi, WudiConfig, merge_low_rank
 
@@ -92,6 +95,8 @@ __all__ = [
     "MatsConfig",
     "ModelStock",
     "ModelStockConfig",
+    "Moe",
+    "MoeConfig",
     "MultiSlerp",
     "MultiSlerpConfig",
     "NearSwap",
@@ -116,6 +121,8 @@ __all__ = [
     "SceConfig",
     "Slerp",
     "SlerpConfig",
+    "Surgery",
+    "SurgeryConfig",
     "Svc",
     "SvcConfig",
     "Svd",
@@ -126,6 +133,8 @@ __all__ = [
     "TiesConfig",
     "TsvM",
     "TsvMConfig",
+    "Twin",
+    "TwinConfig",
     "WiseFt",
     "WiseFtConfig",
     "Wudi",

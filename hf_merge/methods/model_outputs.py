@@ -44,7 +44,7 @@ def run_hidden(models: TaskModels, model: nn.Module, inputs: ModelInputs) -> Ten
         UnsupportedModelError: The model returns no hidden states.
     """
     backbone = model.base_model
-    hidden = getattr(models.run(backbone, _accepted(backbone, inputs.arguments)), "last_hidden_state", None)
+    hidden = getattr(models.run(backbone, accepted_arguments(backbone, inputs.arguments)), "last_hidden_state", None)
     if hidden is None:
         output = models.run(model, inputs.arguments | {"output_hidden_states": True})
         states = getattr(output, "decoder_hidden_states", None) or getattr(output, "hidden_states", None)
@@ -57,7 +57,8 @@ def run_hidden(models: TaskModels, model: nn.Module, inputs: ModelInputs) -> Ten
     return (hidden.flatten(2).mT if hidden.dim() == 4 else hidden).float()
 
 
-def _accepted(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def accepted_arguments(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the forward of a module takes."""
     known, takes_more = _signature(type(module))
     return {name: value for name, value in arguments.items() if takes_more or name in known}
 
