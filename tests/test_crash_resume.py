@@ -181,6 +181,7 @@ import os, signal, sys, time
 from hf_merge.checkpoints.folder import OutputFolder
 from hf_merge.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 write, left = OutputFolder.write, int(sys.argv.pop(1))
 
 def interrupted(*given):

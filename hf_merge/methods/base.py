@@ -12,7 +12,9 @@ it is given groups of tensors that belong together, and returns tensors.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
@@ -196,6 +198,10 @@ class ElementwiseMethod(TensorMethod):
         """What [`~ElementwiseMethod.merge_piece`] has to know of the whole parameter."""
         return None
 
+    def foresee(self, piece: TensorGroup, prepared: Any) -> Any:
+        """What `piece.foreseen` is: long operations on one piece, which another thread does while the piece before it is merged."""
+        return None
+
     def merge_piece(self, piece: TensorGroup, prepared: Any) -> Tensor:
         """The merged entries of a piece, of shape `piece.shape`, a new tensor in the dtype of the arithmetic."""
         raise NotImplementedError(f"{type(self).__name__} does not implement merge_piece")
@@ -213,7 +219,7 @@ class ElementwiseMethod(TensorMethod):
 
     def _steps(self, group: TensorGroup) -> Iterator[Step]:
         prepared = self.prepare(group)
-        for piece in group.pieces(self.unit(group)):
+        for piece in self.foreseen_pieces(group, prepared):
             yield Step(piece, partial(self.merge_piece, piece, prepared))
         for piece in group.pieces(self.unit(group)):
             corrected = self.correct(piece, prepared)
@@ -221,8 +227,31 @@ class ElementwiseMethod(TensorMethod):
                 places, values = corrected
                 yield Step(piece, lambda values=values: values, places)
 
+    def foreseen_pieces(self, group: TensorGroup, prepared: Any) -> Iterator[TensorGroup]:
+        """The pieces of a parameter with what [`~ElementwiseMethod.foresee`] finds for each."""
+        pieces = group.pieces(self.unit(group))
+        if type(self).foresee is ElementwiseMethod.foresee:
+            yield from pieces
+            return
+        with ThreadPoolExecutor(1, "hf_merge-foresee") as thread:
+            ahead: deque[tuple[TensorGroup, Future]] = deque()
+            for piece in pieces:
+                ahead.append((piece, thread.submit(self.foresee, piece, prepared)))
+                if len(ahead) > _AHEAD:
+                    yield _with_foreseen(*ahead.popleft())
+            while ahead:
+                yield _with_foreseen(*ahead.popleft())
+
     def merge(self, group: TensorGroup) -> Tensor:
         return whole(group, self._steps(group))
+
+
+_AHEAD = 2  # pieces
+
+
+def _with_foreseen(piece: TensorGroup, found: Future) -> TensorGroup:
+    piece.foreseen = found.result()
+    return piece
 
 
 def whole(group: TensorGroup, steps: Iterable[Step]) -> Tensor:

@@ -49,6 +49,7 @@ class TensorGroup:
         seed (`int`): The recipe's seed.
         report (`dict`): What the method wants to say about this parameter in `merge_report.json`: numbers by name.
         offset (`int`): For a piece of a parameter: how many entries of the parameter come before it.
+        foreseen (`Any`): For a piece of a parameter: what its method found for it ahead of its merge.
     """
 
     name: str
@@ -60,6 +61,7 @@ class TensorGroup:
     seed: int = 0
     report: dict[str, float] = field(default_factory=dict)
     offset: int = 0
+    foreseen: Any = None
 
     def __len__(self) -> int:
         return len(self.stored_experts)

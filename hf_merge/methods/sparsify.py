@@ -7,7 +7,7 @@ elect a sign for every entry and average the experts that agree (TIES, arXiv 230
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,9 @@ from .base import ElementwiseMethod, TensorGroup
 from .linear.method import normalizer
 from .selection import Parts
 from .spherical import l1_norm
+
+
+_KEPT_ENTRIES = 1 << 24  # of all experts: what is made before a merge, is kept for it up to this
 
 
 @dataclass
@@ -52,11 +55,13 @@ class Sparsity:
         marks (`list`): Per expert, what [`~SparseMethod.mark`] found.
         factors (`list[float]`, *optional*): Per expert, what its sparse task vector is multiplied with.
         election ([`Election`], *optional*): Where signs are elected.
+        vectors (`dict`): The sparse task vectors of pieces that were made to find the factors, by offset.
     """
 
     marks: list[Any]
     factors: list[float] | None
     election: Election | None
+    vectors: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
 class SparseMethod(ElementwiseMethod):
@@ -84,23 +89,29 @@ class SparseMethod(ElementwiseMethod):
     def prepare(self, group: TensorGroup) -> Sparsity:
         settings = group.settings
         marks = [self.mark(group, index) for index in range(len(group))]
-        factors = None
-        if settings.rescale == "norm":
-            factors = [self._restoring_factor(group, index, mark) for index, mark in enumerate(marks)]
         by_sign = self.combines_by_sign(settings)
-        return Sparsity(marks, factors, Election(settings.weights, settings.majority_sign) if by_sign else None)
+        sparsity = Sparsity(marks, None, Election(settings.weights, settings.majority_sign) if by_sign else None)
+        if settings.rescale == "norm":
+            self._find_factors(group, sparsity)
+        return sparsity
 
-    def _restoring_factor(self, group: TensorGroup, index: int, mark: Any) -> float:
-        """What gives the sparse task vector the L1 norm that the whole one has; mergekit's rescaling."""
-        whole = left = 0.0
-        for piece in group.pieces(self.unit(group)):
-            whole += l1_norm(piece.task_vector(index))
-            left += l1_norm(self.sparsify(piece, index, mark))
-        return whole / left if left > 0.0 else 1.0
+    def _find_factors(self, group: TensorGroup, sparsity: Sparsity) -> None:
+        """What gives each sparse task vector the L1 norm that the whole one has; mergekit's rescaling."""
+        norms = torch.zeros(2, len(group), dtype=torch.float64)
+        keeps = len(group) * group.shape.numel() <= _KEPT_ENTRIES
+        for piece in self.foreseen_pieces(group, sparsity):
+            vectors = self.sparse_vectors(piece, sparsity)
+            norms[0] += torch.tensor([l1_norm(vector) for vector in piece.task_vectors()])
+            norms[1] += torch.tensor([l1_norm(vector) for vector in vectors])
+            if keeps:
+                sparsity.vectors[piece.offset] = vectors
+        sparsity.factors = (norms[0] / norms[1]).masked_fill_(norms[1] == 0, 1.0).tolist()
 
     def sparse_vectors(self, piece: TensorGroup, sparsity: Sparsity) -> list[Tensor]:
         """The sparse task vectors of all experts in a piece, as they are combined."""
-        vectors = [self.sparsify(piece, index, mark) for index, mark in enumerate(sparsity.marks)]
+        vectors = sparsity.vectors.pop(piece.offset, None)
+        if vectors is None or vectors[0].shape != piece.shape:
+            vectors = [self.sparsify(piece, index, mark) for index, mark in enumerate(sparsity.marks)]
         if sparsity.factors is not None:
             for vector, factor in zip(vectors, sparsity.factors, strict=True):
                 vector.mul_(factor)

@@ -27,8 +27,8 @@ def dot(first: Tensor, second: Tensor) -> float:
 
 
 def l1_norm(values: Tensor) -> float:
-    """Σ |x| of a tensor, in float64."""
-    parts = [_sum(part.double().abs_()) for part in values.reshape(-1).split(_CHUNK)]
+    """Σ |x| of a tensor: in its own dtype over pieces, whose entries have one sign, and in float64 over these."""
+    parts = [_sum(part.abs()) for part in values.reshape(-1).split(_CHUNK)]
     return float(torch.stack(parts).sum()) if parts else 0.0
 
 
@@ -117,4 +117,5 @@ def combine(vector: Callable[[int], Tensor], coefficients: Sequence[float]) -> T
 
 def _sum(values: Tensor) -> Tensor:
     whole = values.numel() // _PIECE * _PIECE
-    return values[:whole].view(-1, _PIECE).sum(dim=1).sum() + values[whole:].sum()
+    rows, rest = values[:whole].view(-1, _PIECE), values[whole:]
+    return rows.sum(dim=1).sum(dtype=torch.float64) + rest.sum(dtype=torch.float64)

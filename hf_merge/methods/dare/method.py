@@ -7,15 +7,22 @@ from typing import Any
 from torch import Tensor
 
 from ..base import TensorGroup
-from ..sparsify import SparseMethod, masked
+from ..sparsify import SparseMethod, Sparsity, masked
 
 
 class Dare(SparseMethod):
     """m ~ Bernoulli(1 − p), τ̂ = m ⊙ τ / (1 − p) with p = 1 − density (arXiv 2311.03099)."""
 
+    def foresee(self, piece: TensorGroup, prepared: Sparsity) -> list[Tensor] | None:
+        """The masks."""
+        if piece.offset in prepared.vectors:
+            return None
+        return [piece.keep_mask(index, density) for index, density in enumerate(piece.settings.density)]
+
     def sparsify(self, piece: TensorGroup, index: int, mark: Any) -> Tensor:
         density, vector = piece.settings.density[index], piece.task_vector(index)
         if density == 1.0:
             return vector
-        masked(vector, piece.keep_mask(index, density))
+        mask = piece.keep_mask(index, density) if piece.foreseen is None else piece.foreseen[index]
+        masked(vector, mask)
         return vector.div_(density) if piece.settings.rescale == "probability" and density > 0.0 else vector

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..base import TensorGroup
 from ..rows import from_piece_rows, piece_rows, row_length, row_unit
-from ..sparsify import SparseMethod, masked
+from ..sparsify import SparseMethod, Sparsity, masked
 
 
 class Della(SparseMethod):
@@ -24,15 +24,29 @@ class Della(SparseMethod):
         """The length of a row."""
         return row_length(group.shape, group.kind)
 
+    def foresee(self, piece: TensorGroup, prepared: Sparsity) -> list[tuple[Tensor, np.ndarray]] | None:
+        """The order of every row, and random numbers."""
+        if piece.offset in prepared.vectors:
+            return None
+        return [self._order_and_draws(piece, index, width) for index, width in enumerate(prepared.marks)]
+
+    @staticmethod
+    def _order_and_draws(piece: TensorGroup, index: int, width: int) -> tuple[Tensor, np.ndarray]:
+        rows = piece_rows(piece.task_vector(index), piece.kind, width)
+        return rising_order(rows), piece.draws(index)
+
     def sparsify(self, piece: TensorGroup, index: int, mark: int) -> Tensor:
         density, vector = piece.settings.density[index], piece.task_vector(index)
         if density in (0.0, 1.0) or vector.numel() == 0:
             return vector.mul_(density)
         rows = piece_rows(vector, piece.kind, mark)
-        order = rising_order(rows)
+        foreseen = self._order_and_draws(piece, index, mark) if piece.foreseen is None else piece.foreseen[index]
+        order, draws = foreseen
         keep = keep_probabilities(mark, density, piece.settings.epsilon[index]).to(order.device)
-        draws = torch.from_numpy(piece.draws(index).astype(np.int64)).to(order.device).view(rows.shape)
-        masked(rows, draws < _in_order(keep.mul(2**32).round_().long(), order))
+        # Numbers of 32 bits, compared as signed ones.
+        bounds = keep.mul(2**32).round_().clamp_(max=2**32 - 1).sub_(2**31).to(torch.int32)
+        shifted = torch.from_numpy(draws.view(np.int32) ^ np.int32(-(2**31))).to(order.device).view(rows.shape)
+        masked(rows, shifted < _in_order(bounds, order))
         if piece.settings.rescale == "probability":
             rows.mul_(_in_order(keep.reciprocal().to(rows.dtype), order))
         return from_piece_rows(rows, vector, piece.kind)

@@ -1,0 +1,149 @@
+"""Wall time and peak memory of whole merges, side by side with mergekit, each through the same YAML recipe.
+
+    python speed.py --mergekit-bin VENV/bin [--methods linear ties] [--repeats 3] [--models FOLDER]
+
+mergekit (`pip install mergekit==0.1.5`) lives in an environment of its own, whose bin folder is given. The models are a base and three
+fine-tunes of a Llama with 0.48 billion parameters, in bfloat16 and shards of 500 MB, which the script builds (4 GB) unless `--models` names a
+folder that has them. Every merge is a process of its own, start-up included; the tools take turns, and the table has the medians. The floor
+is a process that reads all inputs and writes the output once with safetensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+
+EXPERTS = ("a", "b", "c")
+SHARDS = "500MB"
+FLOOR = """
+import sys
+from pathlib import Path
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+*inputs, output = map(Path, sys.argv[1:])
+Path(output).mkdir()
+for index, folder in enumerate(inputs):
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        if index == 0:
+            save_file(tensors, output / path.name)
+"""
+
+
+def recipes() -> dict[str, dict]:
+    """The recipes by method, in mergekit's format."""
+
+    def of(
+        method: str,
+        models: tuple[str, ...] = EXPERTS,
+        base: str | None = "base",
+        top: dict | None = None,
+        **parameters,
+    ):
+        entries = [{"model": name, "parameters": parameters} for name in models]
+        recipe = {"merge_method": method, "models": entries, "parameters": top or {}, "dtype": "bfloat16"}
+        return recipe | ({"base_model": base} if base else {})
+
+    return {
+        "linear": of("linear", base=None, weight=1.0),
+        "task_arithmetic": of("task_arithmetic", weight=0.4),
+        "slerp": of("slerp", ("a", "b"), "a", {"t": 0.5}),
+        "model_stock": of("model_stock"),
+        "dare_ties": of("dare_ties", weight=0.4, density=0.5),
+        "ties": of("ties", weight=1.0, density=0.2),
+        "breadcrumbs": of("breadcrumbs", weight=0.4, density=0.9, gamma=0.01),
+        "della": of("della", weight=0.4, density=0.5, epsilon=0.1),
+    }
+
+
+def build_models(folder: Path) -> None:
+    """A base and three fine-tunes."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16}
+    config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=32, vocab_size=32000, **heads)
+    model = LlamaForCausalLM(config)
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(folder / "base", max_shard_size=SHARDS)
+    for name in EXPERTS:
+        model.load_state_dict({key: value + 1e-3 * torch.randn_like(value) for key, value in base.items()})
+        model.save_pretrained(folder / name, max_shard_size=SHARDS)
+
+
+def measure(command: list[str], cwd: Path) -> tuple[float, float]:
+    """Wall time in seconds and peak resident memory in MB of a process."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile("w+") as output:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=output, stderr=output)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        if status != 0:
+            output.seek(0)
+            sys.exit(f"{' '.join(command)} failed:\n{output.read()[-2000:]}")
+    return seconds, usage.ru_maxrss / 1024
+
+
+def side_by_side(method: str, recipe: dict, models: Path, mergekit: Path, repeats: int) -> str:
+    """One row of the table."""
+    path, ours, theirs, floor = models / "recipe.yml", models / "ours", models / "theirs", models / "floor"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    inputs = [entry["model"] for entry in recipe["models"]] + (
+        [recipe["base_model"]] if "base_model" in recipe else []
+    )
+    commands = {
+        "hf_merge": [sys.executable, "-m", "hf_merge", "run", path, "--out", ours, "--max-shard-size", SHARDS],
+        "mergekit": [mergekit / "mergekit-yaml", path, theirs, "--out-shard-size", "500M", "--no-write-model-card"],
+        "floor": [sys.executable, "-c", FLOOR, *[models / name for name in dict.fromkeys(inputs)], floor],
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for _ in range(repeats):
+        for name, command in commands.items():
+            found[name].append(measure([str(part) for part in command], models))
+            for folder in (ours, theirs, floor):
+                shutil.rmtree(folder, ignore_errors=True)
+    seconds = {name: statistics.median(one for one, _ in runs) for name, runs in found.items()}
+    memory = {name: statistics.median(one for _, one in runs) for name, runs in found.items()}
+    return (
+        f"| `{method}` | {seconds['mergekit']:.1f} s | {seconds['hf_merge']:.1f} s | "
+        f"**{seconds['mergekit'] / seconds['hf_merge']:.1f}×** | {seconds['floor']:.1f} s | "
+        f"{memory['mergekit']:,.0f} MB | {memory['hf_merge']:,.0f} MB |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mergekit-bin", type=Path, required=True)
+    parser.add_argument("--models", type=Path, help="a folder with base, a, b and c; built when not given")
+    parser.add_argument("--methods", nargs="+", choices=list(recipes()), default=list(recipes()))
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="hf_merge_speed_") as temporary:
+        models = Path(temporary)
+        if arguments.models is None:
+            build_models(models)
+        else:
+            for name in ("base", *EXPERTS):
+                (models / name).symlink_to(arguments.models.absolute() / name)
+        print("| method | mergekit | hf_merge | faster | floor | mergekit's memory | hf_merge's memory |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for method in arguments.methods:
+            recipe = recipes()[method]
+            print(side_by_side(method, recipe, models, arguments.mergekit_bin, arguments.repeats), flush=True)
+
+
+if __name__ == "__main__":
+    main()
