@@ -7,6 +7,7 @@ tensors (`weights_only=True`), and no name from an index leaves the model's fold
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import struct
@@ -179,18 +180,26 @@ class SafetensorsStorage(FileStorage):
 
     def read(self, key: str) -> Tensor:
         span = self.spans[key]
-        # Memory from numpy, which asks the system for huge pages: large tensors are read twice as fast.
-        buffer = np.empty(span.info.nbytes, dtype=np.uint8)
+        tensor = empty_tensor(span.info.shape, span.info.dtype)
         try:
             with open(span.path, "rb", buffering=0) as file:
                 self._check_unchanged(span.path, file.fileno())
-                _read_into(file, memoryview(buffer), span.start)
+                if span.info.nbytes:
+                    _read_into(file, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), span.start)
                 self._check_unchanged(span.path, file.fileno())
         except CheckpointError:
             raise
         except (OSError, EOFError) as error:
             raise CheckpointError(f"Cannot read '{key}' from '{span.path}': {error}.") from error
-        return torch.from_numpy(buffer).view(span.info.dtype).reshape(span.info.shape)
+        return tensor
+
+
+def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory on the CPU, from numpy, which asks the system for huge pages: large tensors are filled twice as fast."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(np.empty(nbytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _read_into(file: Any, target: memoryview, start: int) -> None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,9 +40,3 @@ def all_finite(values: Tensor) -> bool:
         math.isfinite(squared_norm(part.float())) or bool(torch.isfinite(part).all())
         for part in values.reshape(-1).split(PIECE if values.device.type == "cpu" else 1 << 26)
     )
-
-
-def empty_tensor(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory on the CPU, from numpy, which asks the system for huge pages: large tensors are filled faster."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.empty(nbytes, dtype=np.uint8)).view(dtype).view(shape)

@@ -22,10 +22,11 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoints.conversion import SaveGroup
+from ..checkpoints.storage import empty_tensor
 from ..errors import NonFiniteError
 from ..methods.base import ElementwiseMethod, Step, TensorGroup, TensorMethod, whole
 from ..registry import get_merge_method
-from .pieces import all_finite, empty_tensor, one_thread, squared_norm
+from .pieces import all_finite, one_thread, squared_norm
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
 
