@@ -1,0 +1,128 @@
+"""Parameters are merged in pieces: their size changes nothing, and what needs the whole parameter sees it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hf_merge import (
+    BreadcrumbsConfig,
+    ConsensusTaConfig,
+    DareConfig,
+    DellaConfig,
+    LinearConfig,
+    LocalizeAndStitchConfig,
+    MagMaxConfig,
+    ModelStockConfig,
+    NearSwapConfig,
+    PassthroughConfig,
+    SceConfig,
+    SlerpConfig,
+    TaskArithmeticConfig,
+    TiesConfig,
+    WiseFtConfig,
+)
+from hf_merge.engines.pieces import all_finite, one_thread, squared_norm
+from hf_merge.methods import groups
+from hf_merge.methods.base import ElementwiseMethod, ParameterKind
+from hf_merge.registry import available_merge_methods, get_merge_method
+
+from .elementwise import make_group, merge, random_models
+
+
+CONFIGS = {
+    "breadcrumbs": BreadcrumbsConfig(density=0.6, gamma=0.05, combination="ties"),
+    "consensus_ta": ConsensusTaConfig(),
+    "dare": DareConfig(combination="ties", rescale="norm"),
+    "della": DellaConfig(combination="ties", rescale="norm"),
+    "linear": LinearConfig(),
+    "localize_and_stitch": LocalizeAndStitchConfig(density=0.3),
+    "magmax": MagMaxConfig(),
+    "model_stock": ModelStockConfig(filter_wise=True),
+    "nearswap": NearSwapConfig(t=0.01),
+    "passthrough": PassthroughConfig(),
+    "sce": SceConfig(density=0.5),
+    "slerp": SlerpConfig(),
+    "task_arithmetic": TaskArithmeticConfig(),
+    "ties": TiesConfig(density=0.4, majority_sign="frequency"),
+    "wise_ft": WiseFtConfig(),
+}
+
+
+def test_every_element_wise_method_is_here():
+    methods = {
+        name for name in available_merge_methods() if issubclass(get_merge_method(name).method_cls, ElementwiseMethod)
+    }
+    assert methods == set(CONFIGS)
+
+
+def coarse_models(shape: tuple[int, ...], count: int):
+    """Models whose task vectors have many equal and opposite entries, as those of checkpoints in bfloat16 have."""
+    base, experts = random_models(shape, count)
+    return base.bfloat16().float(), [base.bfloat16().float() + ((one - base) * 64).round() / 64 for one in experts]
+
+
+@pytest.mark.parametrize("models", [random_models, coarse_models], ids=["fine", "coarse"])
+@pytest.mark.parametrize("kind", [ParameterKind.LINEAR, ParameterKind.TRANSPOSED_LINEAR], ids=lambda kind: kind.value)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_size_of_pieces_changes_nothing(monkeypatch, name: str, kind: ParameterKind, models):
+    method = get_merge_method(name).method_cls
+    base, experts = models((30, 40), min(method.max_experts or 4, 4))
+    whole = merge(CONFIGS[name], base, experts, kind=kind)
+    for size in (1, 37, 64, 500):
+        monkeypatch.setattr(groups, "PIECE", size)
+        torch.testing.assert_close(merge(CONFIGS[name], base, experts, kind=kind), whole, rtol=1e-6, atol=1e-7)
+
+
+def test_the_majority_is_that_of_the_whole_parameter(monkeypatch):
+    monkeypatch.setattr(groups, "PIECE", 2)
+    base = torch.zeros(6)
+    experts = [torch.tensor([1.0, 4.0, -3.0, -3.0, -3.0, 0.0]), torch.tensor([1.0, -4.0, -1.0, -1.0, -1.0, 0.0])]
+    assert merge(TiesConfig(density=1.0), base, experts).tolist() == [1.0, -4.0, -2.0, -2.0, -2.0, 0.0]
+    assert merge(TiesConfig(density=1.0), base, [-one for one in experts]).tolist() == [-1.0, 4.0, 2.0, 2.0, 2.0, 0.0]
+
+
+def test_random_numbers_belong_to_places():
+    base, experts = random_models((1000,), 2)
+    group = make_group(DareConfig(), base, experts)
+    whole = group.draws(1)
+    parts = [piece.draws(1) for piece in group.pieces(unit=61)]
+    assert whole.dtype == np.uint32
+    assert np.array_equal(np.concatenate(parts), whole)
+    for start in (1, 7, 8, 9, 500):
+        part = next(iter(group.pieces(unit=1000)))
+        part.offset, part.stored_experts = start, [one[start:] for one in experts]
+        assert np.array_equal(part.draws(1), whole[start:])
+
+
+def test_random_numbers_are_uniform():
+    base, (expert,) = random_models((400, 500), 1)
+    draws = make_group(DareConfig(), base, [expert]).draws(0).astype(np.float64) / 2**32
+    assert abs(draws.mean() - 0.5) < 0.003
+    assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.01
+    assert np.histogram(draws, 16, (0, 1))[0].std() < 3 * math.sqrt(200_000 / 16)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_what_is_not_finite_is_found(bad: float, dtype: torch.dtype):
+    values = torch.full((300_000,), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(values)
+    values[299_999] = bad
+    assert not all_finite(values)
+
+
+def test_norms_of_pieces_add_up():
+    values = torch.randn(3, 100_000, generator=torch.Generator().manual_seed(0))
+    assert squared_norm(values) == pytest.approx(values.double().square().sum().item(), rel=1e-6)
+
+
+def test_one_thread_leaves_the_number_of_threads_as_it_was():
+    threads = torch.get_num_threads()
+    with pytest.raises(KeyError), one_thread():
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == threads
