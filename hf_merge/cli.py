@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 a problem that the message explains, 130 interrupted.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import logging
 import os
@@ -258,9 +257,6 @@ def _interruptible() -> Iterator[None]:
 
 def main() -> None:
     """The entry point: errors of hf_merge become one line on standard error and exit code 2."""
-    gc.set_threshold(
-        500_000
-    )  # importing torch and transformers makes a million objects that stay: a quarter of its time
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.captureWarnings(True)
     try:

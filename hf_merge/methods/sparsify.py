@@ -154,7 +154,7 @@ class Election:
         self.weights = weights
         self.majority_sign = majority_sign
         self._balance = 0.0
-        self._undecided: dict[int, tuple[Tensor, list[Tensor], Sequence[float]]] = {}
+        self._undecided: _SparseEntries | None = None
 
     @property
     def most(self) -> float:
@@ -187,7 +187,9 @@ class Election:
         places = _without_majority(signs, vectors)
         if places is not None:
             signs.view(-1)[places] = 1.0
-            self._undecided[offset] = places, [vector.reshape(-1)[places] for vector in vectors], weights
+            if self._undecided is None:
+                self._undecided = _SparseEntries(len(vectors), signs)
+            self._undecided.put(offset, places, vectors)
         return _add_agreeing(vectors, signs, weights, mean)
 
     def agreeing(self, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -196,13 +198,49 @@ class Election:
         signs[signs == 0] = 1.0 if signs.sum() >= 0 else -1.0
         return [masked(vector, vector * signs > 0) for vector in vectors]
 
-    def correct(self, offset: int, *, mean: bool) -> tuple[Tensor, Tensor] | None:
+    def correct(
+        self, offset: int, weights: Sequence[float] | None = None, *, mean: bool
+    ) -> tuple[Tensor, Tensor] | None:
         """The places and merged values of the entries of a piece that had no majority, where they are not positive."""
-        undecided = self._undecided.pop(offset, None)
-        if undecided is None or self.most > 0:
+        if self.most > 0 or self._undecided is None or offset not in self._undecided.spans:
             return None
-        places, vectors, weights = undecided
+        places, vectors = self._undecided.get(offset)
+        weights = self.weights if weights is None else weights
         return places, _add_agreeing(vectors, torch.full_like(vectors[0], -1.0), weights, mean)
+
+
+class _SparseEntries:
+    """Single entries of several tensors, by the piece that they are in. They lie in two growing buffers: thousands of small tensors that
+    stay, made between large ones that go, would leave holes in the memory that no large one fits.
+
+    Args:
+        count (`int`): The number of tensors.
+        like (`torch.Tensor`): Of their dtype and device.
+    """
+
+    def __init__(self, count: int, like: Tensor):
+        self.spans: dict[int, slice] = {}
+        self._end = 0
+        self._places = torch.empty(0, dtype=torch.int64, device=like.device)
+        self._values = like.new_empty(count, 0)
+
+    def put(self, piece: int, places: Tensor, tensors: Sequence[Tensor]) -> None:
+        """Keeps the entries of flat or other tensors at flat places."""
+        span = self.spans[piece] = slice(self._end, self._end + len(places))
+        self._end = span.stop
+        room = len(self._places)
+        if span.stop > room:
+            more = max(span.stop, 2 * room, 1 << 16) - room
+            self._places = torch.cat([self._places, self._places.new_empty(more)])
+            self._values = torch.cat([self._values, self._values.new_empty(len(self._values), more)], dim=1)
+        self._places[span] = places
+        for row, tensor in zip(self._values, tensors, strict=True):
+            torch.index_select(tensor.reshape(-1), 0, places, out=row[span])
+
+    def get(self, piece: int) -> tuple[Tensor, list[Tensor]]:
+        """The places, and the entries of every tensor."""
+        span = self.spans[piece]
+        return self._places[span], [row[span] for row in self._values]
 
 
 def _without_majority(signs: Tensor, vectors: Sequence[Tensor]) -> Tensor | None:

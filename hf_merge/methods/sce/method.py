@@ -52,7 +52,7 @@ class Sce(ElementwiseMethod):
         return prepared.election.merge(vectors, piece.offset, prepared.coefficients, mean=True).add_(piece.base)
 
     def correct(self, piece: TensorGroup, prepared: Selection) -> tuple[Tensor, Tensor] | None:
-        corrected = prepared.election.correct(piece.offset, mean=True)
+        corrected = prepared.election.correct(piece.offset, prepared.coefficients, mean=True)
         if corrected is None:
             return None
         places, values = corrected
