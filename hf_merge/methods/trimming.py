@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import TensorGroup
+from .election import masked
 from .selection import (
     HIGH_BINS,
     LOW_BINS,
@@ -21,7 +22,7 @@ from .selection import (
     low_histogram,
     magnitude_of,
 )
-from .sparsify import SparseMethod, masked, task_vector_parts
+from .sparsify import SparseMethod, task_vector_parts
 
 
 Target = tuple[str, float]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..base import ElementwiseMethod, TensorGroup
-from ..sparsify import weighted_sum
+from ..election import weighted_sum
 
 
 class ConsensusTa(ElementwiseMethod):

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ..base import TensorGroup
-from ..sparsify import SparseMethod, Sparsity, masked
+from ..election import masked
+from ..sparsify import SparseMethod, Sparsity
 
 
 class Dare(SparseMethod):

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ..base import TensorGroup
+from ..election import masked
 from ..rows import from_piece_rows, piece_rows, row_length, row_unit
-from ..sparsify import SparseMethod, Sparsity, masked
+from ..sparsify import SparseMethod, Sparsity
 
 
 class Della(SparseMethod):

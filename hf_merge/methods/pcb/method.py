@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..base import TensorGroup, TensorMethod
+from ..election import weighted_sum
 from ..selection import count_kept, kth_largest_magnitude
-from ..sparsify import weighted_sum
 
 
 _OUTLIERS = 1e-4  # the fraction of largest magnitudes that are clipped, as in the authors' code

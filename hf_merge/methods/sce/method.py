@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..base import ElementwiseMethod, TensorGroup
+from ..election import Election, masked
 from ..selection import Cut, count_kept, cut_largest
-from ..sparsify import Election, masked
 from ..spherical import dot
 
 
