@@ -36,11 +36,11 @@ IMAGES = 100
 TRAINING = {"epochs": 150, "batch_size": 50, "logit_weight": 1.0, "feature_weight": 0.1, "fit_maps": True}
 METHODS: dict[str, MergeConfig] = {
     "average": LinearConfig(heads="per_task"),
-    "kd": KdConfig(learning_rate=5e-4, **TRAINING),
+    "kd": KdConfig(learning_rate=1.25e-4, **TRAINING),
     "fs_merge": FsMergeConfig(rank=24, learning_rate=1e-3, **TRAINING),
 }
 CANDIDATES: list[MergeConfig] = [
-    *(KdConfig(learning_rate=rate, **TRAINING) for rate in (2.5e-4, 5e-4, 1e-3, 2e-3)),
+    *(KdConfig(learning_rate=rate, **TRAINING) for rate in (1.25e-4, 2.5e-4, 5e-4, 1e-3)),
     *(FsMergeConfig(rank=24, learning_rate=rate, **TRAINING) for rate in (5e-4, 1e-3, 2e-3, 6e-3)),
 ]
 """As many of each method."""
