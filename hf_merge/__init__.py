@@ -36,6 +36,7 @@ _EXPORTS = {
         "NonFiniteError",
         "OutputError",
         "PlanError",
+        "RankLostError",
         "UnsupportedModelError",
     ],
     "evaluation": ["EvaluationResult", "EvaluationTask", "Metric", "compare_merges", "evaluate_merge"],

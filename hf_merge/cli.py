@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -78,12 +78,28 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Merge models into a folder, streamed from disk to disk."""
-    merger = open_merger(recipe, method, expert, base, settings, dtype, device_map, trust_remote_code)
+    from .engines.ranks import all_ranks
+
+    ranks = all_ranks()
     try:
-        merger.save_pretrained(out, max_shard_size=max_shard_size)
+        with ranks.quiet():
+            merger = ranks.step(
+                lambda: open_merger(recipe, method, expert, base, settings, dtype, device_map, trust_remote_code),
+                "open the models",
+            )
+            merger.save_pretrained(out, max_shard_size=max_shard_size)
     except KeyboardInterrupt:
-        typer.echo("interrupted: run the same command again to continue", err=True)
+        if ranks.is_first:
+            typer.echo("interrupted: run the same command again to continue", err=True)
         raise typer.Exit(130) from None
+    except MergeError as error:
+        if ranks.is_first:
+            typer.echo(f"error: {error}", err=True)
+        with suppress(MergeError):
+            ranks.gather(None)  # a launcher kills the others when one ends: not before rank 0 has spoken
+        raise typer.Exit(2) from error
+    if not ranks.is_first:
+        return
     report = merger.report
     if as_json:
         summary = {"out": str(out), "seconds": report.seconds, "peak_memory_bytes": report.peak_memory_bytes}

@@ -34,6 +34,10 @@ class OutputError(MergeError, OSError):
     """The output folder cannot be written: it is not empty, read-only, or the disk is full."""
 
 
+class RankLostError(MergeError, ConnectionError):
+    """A process of a merge on several ranks was killed or does not answer. What is finished is kept: the same command continues."""
+
+
 class MissingDependencyError(MergeError, ImportError):
     """An optional package is needed for what was asked."""
 

@@ -7,8 +7,7 @@ the user passed in is ever changed.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
+import logging
 import os
 import uuid
 from collections.abc import Mapping, Sequence
@@ -19,26 +18,32 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from . import __version__
 from .checkpoints.conversion import SaveGroup, plan_saving
 from .checkpoints.folder import OutputFolder, check_output, work_folder_of
-from .checkpoints.layout import CheckpointLayout, plan_layout
+from .checkpoints.layout import plan_layout
+from .checkpoints.shards import ShardWriter
 from .checkpoints.source import ModelSource
 from .config import MergeConfig
 from .data.calibration import CalibrationData
 from .engines.adapter_output import AdapterSink, checkpoint_layout, needs_base_values, seal_adapter
 from .engines.aligned import align_experts
-from .engines.choice import Engine, choose_engine, find_data_problems, plan_merge
+from .engines.choice import Engine, choose_engine, find_data_problems, is_divisible, plan_merge
+from .engines.division import run_part, shared_output
+from .engines.identity import fingerprint
 from .engines.lazy import LazyModel, lazy_merge
 from .engines.opening import Opening
 from .engines.placement import Placement
 from .engines.plan import MergePlan
+from .engines.ranks import Ranks, all_ranks
 from .engines.sealing import head_tensors, processor_notes, result_config, result_dtype, seal
 from .engines.streaming import MergeReport, StateDictSink, StreamingEngine, on_disk
 from .errors import ConfigError, PlanError, suggest
 from .hub import HubMixin, upload_folder
 from .modeling.assembly import assemble, transfer_backbone
 from .registry import get_merge_method
+
+
+logger = logging.getLogger(__name__)
 
 
 class Merger(HubMixin):
@@ -286,12 +291,16 @@ class Merger(HubMixin):
         max_shard_size: int | str = "5GB",
         push_to_hub: bool = False,
         repo_id: str | None = None,
+        distributed: bool = True,
         **kwargs,
     ) -> None:
         """Writes the merged model as a folder that `from_pretrained` loads.
 
         Without a [`~Merger.merge`] before, the merge is streamed from disk to disk and the model is never in memory. The folder
         is complete or absent: a merge that was killed leaves `<folder>.partial`, and running it again continues there.
+
+        In a `torch.distributed` job (`torchrun`, `accelerate launch`) all ranks make this call. They divide the weight files of methods
+        without data among them; anything else is done by rank 0. All return when the folder is complete, with the same report.
 
         Args:
             save_directory (`str`): The folder; it must be absent or empty.
@@ -300,72 +309,97 @@ class Merger(HubMixin):
             max_shard_size (`int` or `str`): The largest weight file.
             push_to_hub (`bool`): Also upload the folder.
             repo_id (`str`, *optional*): Where to; the folder's name by default.
+            distributed (`bool`): Whether the ranks of a `torch.distributed` job do this together; `False` for a call that only one of
+                them makes.
             kwargs: `commit_message`, `private`, `token`, `revision`, `create_pr` for the upload.
 
         Raises:
             PlanError: The models cannot be merged or the folder cannot be written; lists every reason.
             OutputError: Writing failed; nothing is left behind.
+            MergeError: Another rank failed; nothing is left behind.
+            RankLostError: Another rank was killed; what is finished is kept.
         """
         folder = Path(save_directory).absolute()
         unknown = sorted(set(kwargs) - set(_UPLOAD_ARGUMENTS))
         if unknown or (kwargs and not push_to_hub):
             name = (unknown or sorted(kwargs))[0]
-            known = ("data", "callbacks", "args", "max_shard_size", "push_to_hub", "repo_id", *_UPLOAD_ARGUMENTS)
+            known = (*_SAVE_ARGUMENTS, *_UPLOAD_ARGUMENTS)
             hint = suggest(name, known) if unknown else " It is for the upload: set push_to_hub=True."
             raise ConfigError(f"Merger.save_pretrained cannot use the argument '{name}'.{hint}")
+        ranks = all_ranks() if distributed else Ranks()
+
+        def save(ranks: Ranks) -> MergeReport | None:
+            self._save(ranks, folder, data, callbacks, args, max_shard_size)
+            return self.report
+
+        def save_together() -> None:
+            if ranks.size == 1 or all(ranks.gather(self.model is None and is_divisible(self.plan))):
+                save(ranks)
+            else:
+                logger.warning(
+                    "Rank 0 merges and the other ranks wait: only merges without data into a model are divided."
+                )
+                self.report = ranks.on_first(lambda: save(Ranks()))
+            if push_to_hub:
+                ranks.on_first(lambda: upload_folder(folder, repo_id or folder.name, **kwargs), "upload")
+
+        with ranks.quiet():
+            ranks.step(save_together)
+
+    def _save(
+        self,
+        ranks: Ranks,
+        folder: Path,
+        data: Any,
+        callbacks: Sequence[Any] | None,
+        args: Any,
+        max_shard_size: int | str,
+    ) -> None:
+        checked = folder if ranks.is_first else None  # rank 0 makes the folder
         if self.model is not None:
             if data is not None:
                 raise ConfigError("The models are merged already, the samples would not be used: leave 'data' out.")
-            plan, engine = self.check(folder), None
+            plan, engine = self.check(checked), None
         else:
-            plan, engine = self._prepare(folder, data, callbacks, args)
+            plan, engine = self._prepare(checked, data, callbacks, args)
         if plan.adapter is not None:
             self._save_adapter(engine, folder)
         else:
-            self._save_model(plan, engine, folder, max_shard_size)
-        if push_to_hub:
-            upload_folder(folder, repo_id or folder.name, **kwargs)
+            self._save_model(ranks, plan, engine, folder, max_shard_size)
 
     def _save_adapter(self, engine: Engine, folder: Path) -> None:
         plan = self.plan
         layout = checkpoint_layout(plan.adapter)
         groups = [SaveGroup([name], {name: info}, True) for name, info in plan.outputs.items()]
-        with OutputFolder(folder, layout, self._fingerprint(layout, engine.identity)) as output:
+        with OutputFolder(folder, layout, fingerprint(plan, layout, engine.identity)) as output:
             sink = AdapterSink(plan, output.write, output.wants)
             self.report = engine.run(groups, sink)
             sink.finish(self.report)
             seal_adapter(plan, output, self.report)
 
-    def _save_model(self, plan: MergePlan, engine: Engine | None, folder: Path, max_shard_size: int | str) -> None:
+    def _save_model(
+        self, ranks: Ranks, plan: MergePlan, engine: Engine | None, folder: Path, max_shard_size: int | str
+    ) -> None:
         target = plan.target
         groups = plan_saving(target.converter, target.layout, plan.outputs)
         layout = plan_layout({key: info for group in groups for key, info in group.disk.items()}, max_shard_size)
         identity = engine.identity if engine is not None else str(uuid.uuid4())
-        with OutputFolder(folder, layout, self._fingerprint(layout, identity)) as output:
-            if engine is not None:
+        with shared_output(ranks, folder, plan, layout, identity) as output:
+            if engine is None:
+                self._write_model(groups, output)
+            elif ranks.size == 1:
                 self.report = engine.run(groups, output)
             else:
-                self._write_model(groups, output)
-            seal(plan, output, self.report)
+                self.report = run_part(ranks, engine, groups, output)
+            if ranks.is_first:
+                seal(plan, output, self.report)
 
-    def _write_model(self, groups: Sequence[SaveGroup], output: OutputFolder) -> None:
+    def _write_model(self, groups: Sequence[SaveGroup], output: ShardWriter) -> None:
         state = self.model.state_dict()
         for group in groups:
             merged = {name: state[name].to("cpu", self.plan.outputs[name].dtype) for name in group.names}
             for key, tensor in on_disk(self.plan, group, merged).items():
                 output.write(key, tensor)
-
-    def _fingerprint(self, layout: CheckpointLayout, identity: str) -> str:
-        """Identifies recipe, inputs and layout: equal fingerprints give equal bytes, so finished shards can be kept."""
-        content = [
-            __version__,
-            self.config.to_dict(),
-            self.plan.to_dict()["parameters"],
-            [source.fingerprint() for source in self.plan.sources],
-            [[shard.filename, shard.nbytes] for shard in layout.shards],
-            identity,
-        ]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 _ARGUMENTS = (
@@ -381,6 +415,7 @@ _ARGUMENTS = (
 )
 
 
+_SAVE_ARGUMENTS = ("data", "callbacks", "args", "max_shard_size", "push_to_hub", "repo_id", "distributed")
 _UPLOAD_ARGUMENTS = ("commit_message", "private", "token", "revision", "create_pr")
 
 

@@ -6,23 +6,21 @@ was killed goes on where it stopped; the folder itself appears by one rename at 
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from torch import Tensor
-from torch import uint8 as torch_uint8
 from typing_extensions import Self
 
-from ..errors import MergeError, OutputError
-from .layout import CheckpointLayout, ShardLayout
+from ..errors import MergeError, OutputError, RankLostError
+from .layout import CheckpointLayout
+from .shards import ShardWriter, is_finished, output_error, partial_of
 
 
 logger = logging.getLogger(__name__)
@@ -30,6 +28,8 @@ logger = logging.getLogger(__name__)
 _PROGRESS = "progress.json"
 _PROGRESS_WRITING = _PROGRESS + ".writing"
 CONFIG_MARK = "merge_config.json"
+_SHARED_WITHIN = 60.0
+"""Seconds within which a folder that one host made is seen by the others; network file systems keep lists of files for a while."""
 
 
 def check_output(folder: Path, nbytes: int) -> list[str]:
@@ -64,19 +64,14 @@ def check_output(folder: Path, nbytes: int) -> list[str]:
     return problems
 
 
-def partial_of(folder: Path) -> Path:
-    """Where the files of an unfinished output folder are."""
-    return folder.with_name(folder.name + ".partial")
-
-
 def work_folder_of(folder: Path) -> Path:
     """Where the finished blocks of an unfinished merge are."""
     return folder.with_name(folder.name + ".work")
 
 
-class OutputFolder:
-    """Writes a model folder atomically. Use as a context manager: an error inside removes what was written; a kill leaves
-    finished shards, which the next run with the same fingerprint keeps.
+class OutputFolder(ShardWriter):
+    """Writes a model folder atomically. Use as a context manager: an error inside removes what was written; a kill, or the loss of
+    a process that writes a part, leaves finished shards, which the next run with the same fingerprint keeps.
 
     Args:
         folder (`Path`): The final folder.
@@ -85,12 +80,8 @@ class OutputFolder:
     """
 
     def __init__(self, folder: Path, layout: CheckpointLayout, fingerprint: str):
-        self.folder = folder.absolute()
-        self.partial = partial_of(self.folder)
-        self.layout = layout
+        super().__init__(folder, layout)
         self.fingerprint = fingerprint
-        self.finished: set[str] = set()
-        self._open: dict[str, _ShardFile] = {}
         self._lock: FileLock | None = None
 
     def __enter__(self) -> Self:
@@ -108,20 +99,19 @@ class OutputFolder:
             with suppress(OSError):
                 self.partial.rmdir()  # where it is still empty
             self._unlock()
-            raise _output_error(self.folder, error) from error
+            raise output_error(self.folder, error) from error
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
-        if isinstance(error, Exception):
+        self.close()
+        failed = isinstance(error, Exception) and not isinstance(error, RankLostError)
+        if failed:
             shutil.rmtree(self.partial, ignore_errors=True)
-        if error is None or isinstance(error, Exception):
+        if error is None or failed:
             shutil.rmtree(work_folder_of(self.folder), ignore_errors=True)
         self._unlock()
         if isinstance(error, OSError) and not isinstance(error, MergeError):
-            raise _output_error(self.folder, error) from error
+            raise output_error(self.folder, error) from error
 
     def _unlock(self) -> None:
         """The lock lies beside the folder, so that it is held until the folder has been renamed or removed."""
@@ -157,42 +147,17 @@ class OutputFolder:
         for path in self.partial.iterdir():
             if path == record:
                 continue
-            if known == self.fingerprint and path.name in shards and _is_finished(path, shards[path.name]):
+            if known == self.fingerprint and path.name in shards and is_finished(path, shards[path.name]):
                 self.finished.add(path.name)
             elif path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
-                path.unlink()
+                path.unlink(missing_ok=True)
         writing = self.partial / _PROGRESS_WRITING
         writing.write_text(json.dumps({"fingerprint": self.fingerprint}), encoding="utf-8")
         _sync(writing)
         _sync(self.partial)
         os.replace(writing, record)
-
-    def wants(self, keys: Iterable[str]) -> bool:
-        """Whether any of the tensors still has to be written."""
-        return any(self.layout.shard_of[key].filename not in self.finished for key in keys)
-
-    def write(self, key: str, tensor: Tensor) -> None:
-        """Writes one tensor into its place; its shard is synced and gets its name when it is complete.
-
-        Raises:
-            OutputError: The disk is full or fails.
-        """
-        shard = self.layout.shard_of[key]
-        if shard.filename in self.finished:
-            return
-        try:
-            file = self._open.get(shard.filename)
-            if file is None:
-                file = self._open[shard.filename] = _ShardFile(self.partial, shard)
-            file.write(key, tensor)
-            if not file.missing:
-                file.finish()
-                self.finished.add(shard.filename)
-                del self._open[shard.filename]
-        except OSError as error:
-            raise _output_error(self.folder, error) from error
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a JSON file beside the weights."""
@@ -202,10 +167,16 @@ class OutputFolder:
 
     def seal(self) -> None:
         """Checks that all shards are there, writes the index, syncs everything and renames the folder into place."""
-        missing = [shard.filename for shard in self.layout.shards if shard.filename not in self.finished]
-        if missing:
-            raise OutputError(f"Cannot complete '{self.folder}': {', '.join(missing)} not written.")
         try:
+            missing = [
+                shard.filename
+                for shard in self.layout.shards
+                if shard.filename not in self.finished and not is_finished(self.partial / shard.filename, shard)
+            ]
+            if missing:
+                raise OutputError(f"Cannot complete '{self.folder}': {', '.join(missing)} not written.")
+            for path in self.partial.glob("*.writing"):  # of a process of an earlier run that went on for a while
+                path.unlink()
             index = self.layout.index()
             if index is not None:
                 self.write_json("model.safetensors.index.json", index)
@@ -213,7 +184,7 @@ class OutputFolder:
                 _sync(path)
             self._rename()
         except OSError as error:
-            raise _output_error(self.folder, error) from error
+            raise output_error(self.folder, error) from error
 
     def _rename(self) -> None:
         (self.partial / _PROGRESS).unlink()
@@ -227,43 +198,34 @@ class OutputFolder:
             logger.warning("'%s' is complete, but a power cut could still undo it (%s).", self.folder, error)
 
 
-class _ShardFile:
-    """A safetensors file being filled in any order; its space is reserved at the start."""
+class OutputPart(ShardWriter):
+    """What one process writes into the [`OutputFolder`] of another one. Use as a context manager.
 
-    def __init__(self, folder: Path, shard: ShardLayout):
-        self.shard = shard
-        self.path = folder / (shard.filename + ".writing")
-        self.target = folder / shard.filename
-        self.missing = set(shard.infos)
-        self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115  closed by finish() or close()
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(self._file.fileno(), 0, shard.nbytes)
-        self._write(memoryview(shard.header))
+    Args:
+        folder (`Path`): The final folder.
+        layout ([`CheckpointLayout`]): The weight files.
+        fingerprint (`str`): That of the other process.
+    """
 
-    def write(self, key: str, tensor: Tensor) -> None:
-        info = self.shard.infos[key]
-        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
-            raise OutputError(
-                f"'{key}' is {tuple(tensor.shape)} {tensor.dtype}, planned was {info.shape} {info.dtype}."
-            )
-        data = (
-            memoryview(tensor.contiguous().reshape(-1).view(torch_uint8).numpy()) if info.nbytes else memoryview(b"")
-        )
-        self._file.seek(len(self.shard.header) + self.shard.offsets[key])
-        self._write(data)
-        self.missing.discard(key)
+    def __init__(self, folder: Path, layout: CheckpointLayout, fingerprint: str):
+        super().__init__(folder, layout)
+        self.fingerprint = fingerprint
 
-    def _write(self, data: memoryview) -> None:
-        while len(data):
-            data = data[self._file.write(data) :]
+    def __enter__(self) -> Self:
+        deadline = time.monotonic() + _SHARED_WITHIN
+        while _read_fingerprint(self.partial / _PROGRESS) != self.fingerprint:
+            if time.monotonic() > deadline:
+                raise OutputError(
+                    f"'{self.partial}' is not the folder that rank 0 made: all ranks must be given one output folder, on a file "
+                    "system that their hosts share."
+                )
+            time.sleep(0.05)
+        return self
 
-    def finish(self) -> None:
-        os.fsync(self._file.fileno())
+    def __exit__(self, kind, error, traceback) -> None:
         self.close()
-        os.rename(self.path, self.target)
-
-    def close(self) -> None:
-        self._file.close()
+        if isinstance(error, OSError) and not isinstance(error, MergeError):
+            raise output_error(self.folder, error) from error
 
 
 def _read_fingerprint(record: Path) -> str | None:
@@ -274,27 +236,9 @@ def _read_fingerprint(record: Path) -> str | None:
         return None
 
 
-def _is_finished(path: Path, shard: ShardLayout) -> bool:
-    """Whether a file has the size and the header of a shard."""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.nbytes:
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(shard.header)) == shard.header
-
-
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _output_error(folder: Path, error: OSError) -> OutputError:
-    if isinstance(error, OutputError):
-        return error
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return OutputError(
-            f"The disk is full: '{folder}' could not be written. Free some space and run the merge again."
-        )
-    return OutputError(f"Cannot write '{folder}': {error}.")

@@ -164,6 +164,11 @@ def choose_engine(
     raise NotImplementedError(f"{method.__name__} follows none of the contracts of hf_merge.methods")
 
 
+def is_divisible(plan: MergePlan) -> bool:
+    """Whether several processes can carry out a plan together, each for a part of the parameters."""
+    return plan.adapter is None and issubclass(get_merge_method(plan.config.merge_type).method_cls, TensorMethod)
+
+
 def is_block_wise(config: MergeConfig) -> bool:
     """Whether a method without a shared base merges one block after another."""
     return getattr(config, "block_wise", False)

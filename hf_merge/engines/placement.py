@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +14,8 @@ class Placement:
     """Maps module names to devices.
 
     Args:
-        device_map (`str` or `dict`, *optional*): `None` or `"cpu"`: the CPU. `"auto"`: the accelerator when there is one.
+        device_map (`str` or `dict`, *optional*): `None` or `"cpu"`: the CPU. `"auto"`: the accelerator when there is one; in a job
+            of several processes, that of this process (`LOCAL_RANK`).
             `"cuda:0"` and the like: that device. A dictionary from module-name prefixes to devices, as accelerate makes them
             (`""` for all; `"disk"` means the CPU here, since results go to disk anyway).
 
@@ -35,9 +37,17 @@ class Placement:
         return self._map[name]
 
 
+def _accelerator() -> torch.device:
+    """The accelerator of this process, which shares a host with others where a launcher says so."""
+    kind, local_rank = torch.accelerator.current_accelerator(), os.environ.get("LOCAL_RANK")
+    if local_rank is None:
+        return kind
+    return torch.device(kind.type, int(local_rank) % torch.accelerator.device_count())
+
+
 def _device(device: str | int | torch.device) -> torch.device:
     if device == "auto":
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        return _accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     if device == "disk":
         return torch.device("cpu")
     try:

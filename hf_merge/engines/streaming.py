@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -26,15 +27,19 @@ from ..checkpoints.storage import empty_tensor
 from ..errors import NonFiniteError
 from ..methods.base import ElementwiseMethod, Step, TensorGroup, TensorMethod, whole
 from ..registry import get_merge_method
+from .division import divide, gather_report
 from .pieces import all_finite, one_thread, squared_norm
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
+from .ranks import Ranks
 
 
 logger = logging.getLogger(__name__)
 
 READ_AHEAD = 2**26
 """How many bytes of stored tensors are read ahead of the group being merged; always at least one group."""
+SURVEYED_TOGETHER = 16
+"""How many parameters each of several ranks looks at before they exchange what they saw: it bounds what is held of it."""
 
 
 class Sink(Protocol):
@@ -65,10 +70,12 @@ class MergeReport:
     **Attributes**:
         - **parameters** (`dict[str, dict]`) -- Per parameter: kind, action, method, norms, and what the method reports.
         - **seconds** (`dict[str, float]`) -- Wall time by phase.
-        - **peak_memory_bytes** (`int`) -- The largest resident set of the process so far.
+        - **peak_memory_bytes** (`int`) -- The largest resident set of the process so far; the largest of all ranks.
         - **blocks** (`dict[str, dict]`) -- Per block, for methods that need data: losses and steps.
         - **heads** (`dict[str, dict]`) -- Per task whose head was fitted or whose features are corrected: which layers, and to how
           many samples.
+        - **ranks** (`list[dict]`) -- Of a merge on several ranks, for each of them: how many parameters it merged, its seconds and
+          its peak memory.
         - **dropped** (`list[dict]`), **notes** (`list[str]`) -- As planned.
     """
 
@@ -77,6 +84,7 @@ class MergeReport:
     peak_memory_bytes: int = 0
     blocks: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     heads: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
     dropped: list[dict[str, str]] = field(default_factory=list, repr=False)
     notes: list[str] = field(default_factory=list)
 
@@ -98,6 +106,7 @@ class StreamingEngine:
 
     **Attributes**:
         - **identity** (`str`) -- What the result depends on beside the plan: nothing.
+        - **ranks** ([`Ranks`]) -- Those that run the same plan together, each with a sink that wants a part of it.
 
     Args:
         plan ([`MergePlan`]): A checked plan.
@@ -109,12 +118,13 @@ class StreamingEngine:
     def __init__(self, plan: MergePlan, placement: Placement):
         self.plan = plan
         self.placement = placement
+        self.ranks = Ranks()
         self.report = MergeReport(dropped=[vars(entry) for entry in plan.dropped], notes=list(plan.notes))
         self._methods: dict[str, TensorMethod] = {}
         self._by_name = {parameter.name: parameter for parameter in plan.parameters}
 
     def run(self, groups: list[SaveGroup], sink: Sink) -> MergeReport:
-        """Merges every group that the sink wants and writes it.
+        """Merges every group that the sink wants and writes it. The report is that of all ranks.
 
         Args:
             groups (`list[SaveGroup]`): Parameters that are written together, in the order of writing.
@@ -122,7 +132,7 @@ class StreamingEngine:
         """
         pending = [group for group in groups if sink.wants(list(group.disk))]
         start = time.perf_counter()
-        if pending:
+        if any(self.ranks.gather(bool(pending))):
             self.survey()
         self.report.seconds["survey"] = time.perf_counter() - start
         start = time.perf_counter()
@@ -137,11 +147,15 @@ class StreamingEngine:
                 writing = writer.submit(self._write, group, merged, sink, bar)
             if writing is not None:
                 writing.result()
+        self.report.seconds["merge"] = time.perf_counter() - start
+        self.report.peak_memory_bytes = peak_memory_bytes()
+        noticed = {merge_type: method.noticed() for merge_type, method in self._methods.items()}
+        for part in gather_report(self.ranks, self.report, noticed):
+            for merge_type, what in part.items():
+                self._method(merge_type).notice(what)
         for remark in self.remarks():
             logger.warning(remark)
             self.report.notes.append(remark)
-        self.report.seconds["merge"] = time.perf_counter() - start
-        self.report.peak_memory_bytes = peak_memory_bytes()
         return self.report
 
     def remarks(self) -> list[str]:
@@ -223,12 +237,26 @@ class StreamingEngine:
         self, method: TensorMethod, parameters: list[PlannedParameter], round: int
     ) -> Iterator[tuple[str, Any]]:
         total = sum(parameter.info.nbytes for parameter in parameters)
+        together = SURVEYED_TOGETHER * self.ranks.size if self.ranks.size > 1 else len(parameters)
         with progress(total, f"Surveying ({round + 1})") as bar:
-            groups = [SaveGroup([parameter.name], {}, True) for parameter in parameters]
-            for group, loaded in self._read_ahead(groups):
-                parameter = self._by_name[group.names[0]]
-                yield parameter.name, method.observe(self._group(parameter, loaded[parameter.name]), round)
-                bar.update(parameter.info.nbytes)
+            for first in range(0, len(parameters), together):
+                batch = parameters[first : first + together]
+                for parameter, observation in zip(batch, self._observe(method, batch, round)):
+                    yield parameter.name, observation
+                    bar.update(parameter.info.nbytes)
+
+    def _observe(self, method: TensorMethod, parameters: list[PlannedParameter], round: int) -> Iterator[Any]:
+        """What a method observes, parameter by parameter, each of which one of the ranks looks at."""
+        own = divide([parameter.info.nbytes for parameter in parameters], self.ranks.size)[self.ranks.rank]
+        groups = [SaveGroup([parameters[index].name], {}, True) for index in own]
+        observations = (
+            method.observe(self._group(self._by_name[name], tensors), round)
+            for _, loaded in self._read_ahead(groups)
+            for name, tensors in loaded.items()
+        )
+        if self.ranks.size == 1:
+            return observations
+        return chain.from_iterable(self.ranks.gather(list(observations)))
 
     @torch.no_grad()
     def finish(self, parameter: PlannedParameter, loaded: Loaded, rounded: bool = True) -> Tensor:

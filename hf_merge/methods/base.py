@@ -176,6 +176,13 @@ class TensorMethod(MergeMethod):
     def conclude(self, observations: Iterator[tuple[str, Any]], round: int, settings: Any) -> None:
         """Takes the observations of one round, `(parameter name, observation)`, and keeps what the next step needs."""
 
+    def noticed(self) -> Any:
+        """What [`~TensorMethod.remarks`] are made of, for other ranks, which merge other parameters; it can be pickled."""
+        return None
+
+    def notice(self, noticed: Any) -> None:
+        """Takes what a rank noticed, also this one itself. Some parameters may have been merged on two ranks."""
+
     def remarks(self) -> list[str]:
         """What the method noticed over the whole merge and the user should know. Called once, at the end."""
         return []

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
@@ -22,7 +20,8 @@ from ..config import CONFIG_NAME, MergeConfig
 from ..data.calibration import CalibrationData
 from ..engines.choice import find_data_problems
 from ..engines.opening import name_experts
-from ..errors import ConfigError, MergeError, PlanError
+from ..engines.ranks import all_ranks
+from ..errors import ConfigError, PlanError
 from ..hub import upload_folder
 from ..merger import Merger
 from ..registry import get_merge_method
@@ -282,7 +281,7 @@ class MergeCallback(TrainerCallback):
         for place in (folder, fresh):
             _check_free(place)
         shutil.rmtree(fresh, ignore_errors=True)
-        merger.save_pretrained(fresh, data=self.data)
+        merger.save_pretrained(fresh, data=self.data, distributed=False)
         if folder.is_dir():
             shutil.rmtree(folder)
         fresh.rename(folder)
@@ -329,18 +328,7 @@ def on_main_process(work: Callable[[], None], is_main: bool, what: str) -> None:
         is_main (`bool`): Whether this is the main process.
         what (`str`): What it does, for the message.
     """
-    failure = None
-    try:
-        if is_main:
-            work()
-    except BaseException as error:  # whatever it is, the others must not wait for ever
-        failure = str(error) or type(error).__name__
-        raise
-    finally:
-        if PartialState().num_processes > 1:
-            failure = broadcast_object_list([failure])[0]
-    if failure is not None:
-        raise MergeError(f"The main process could not {what}: {failure}")
+    all_ranks(what).step(work if is_main else lambda: None, what)
 
 
 def refuse_adapter_output(config: MergeConfig | None) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from transformers import Trainer
 
 from ..config import MergeConfig
@@ -68,9 +67,7 @@ def merge_trainers(
         data = CalibrationData(rows)
     merger.merge(data)
     if output_dir is not None:
-        if PartialState().is_main_process:
-            merger.save_pretrained(output_dir)
-        PartialState().wait_for_everyone()
+        merger.save_pretrained(output_dir)
     return merger
 
 

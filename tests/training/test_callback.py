@@ -7,7 +7,6 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ from hf_merge import (
     DareConfig,
     LinearConfig,
     MergeCallback,
-    MergeError,
     ModelStockConfig,
     PlanError,
     RegMeanConfig,
@@ -31,7 +29,6 @@ from hf_merge import (
     TiesConfig,
     WiseFtConfig,
 )
-from hf_merge.training import callback as callback_module
 
 from ..testing_utils import load_clean, run_process
 from .trainers import make_trainer, save_base, state_of
@@ -431,22 +428,6 @@ def test_other_processes_write_nothing(base, other, tmp_path):
         getattr(callback, event)(trainer.args, state, control, model=trainer.model)
     assert not (tmp_path / "run" / "merged").exists()
     assert not callback._snapshots
-
-
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
-def test_whatever_stops_the_main_process_reaches_the_others(monkeypatch, error):
-    sent = []
-
-    def work() -> None:
-        raise error
-
-    monkeypatch.setattr(callback_module, "PartialState", lambda: SimpleNamespace(num_processes=2))
-    monkeypatch.setattr(callback_module, "broadcast_object_list", lambda what: sent.extend(what) or list(sent))
-    with pytest.raises(type(error)):
-        callback_module.on_main_process(work, True, "merge")
-    assert sent[0] == (str(error) or "KeyboardInterrupt")
-    with pytest.raises(MergeError, match="could not merge"):
-        callback_module.on_main_process(work, False, "merge")
 
 
 SCRIPT = """

@@ -39,7 +39,7 @@ class Wudi(LinearMethod):
 
     def __init__(self):
         self._scales: dict[str, float] = {}
-        self._squares: dict[str, list[float]] = {}
+        self._squares: dict[str, dict[str, list[float]]] = {}  # by parameter and expert
 
     def rounds(self, settings: WudiConfig) -> int:
         return int(settings.equalize_norms)
@@ -62,8 +62,18 @@ class Wudi(LinearMethod):
         mean = math.exp(sum(map(math.log, norms.values())) / len(norms)) if norms else 1.0
         self._scales = {name: mean / norm for name, norm in norms.items()}
 
+    def noticed(self) -> dict[str, dict[str, list[float]]]:
+        return self._squares
+
+    def notice(self, noticed: dict[str, dict[str, list[float]]]) -> None:
+        self._squares |= noticed
+
     def remarks(self) -> list[str]:
-        mismatch = _mismatch(_total_norms(self._squares))
+        squares: dict[str, list[float]] = {}
+        for by_expert in self._squares.values():
+            for name, parts in by_expert.items():
+                squares.setdefault(name, []).extend(parts)
+        mismatch = _mismatch(_total_norms(squares))
         return [mismatch] if mismatch else []
 
     def merge_matrix(self, task_matrices: TaskMatrices, group: TensorGroup) -> Tensor:
@@ -72,7 +82,7 @@ class Wudi(LinearMethod):
         norms = [torch.linalg.vector_norm(vector).item() for vector in vectors]
         if group.settings.check_norms and not self._scales:
             for name, norm in zip(group.expert_names, norms, strict=True):
-                self._squares.setdefault(name, []).append(norm**2)
+                self._squares.setdefault(group.name, {}).setdefault(name, []).append(norm**2)
         vectors.drop([index for index, norm in enumerate(norms) if norm == 0])
         if not vectors:
             return torch.zeros_like(task_matrices.base)
@@ -87,7 +97,7 @@ class Wudi(LinearMethod):
             return None
         if settings.check_norms and not self._scales:
             for name, expert in zip(group.expert_names, group.experts, strict=True):
-                self._squares.setdefault(name, []).append(expert.norm() ** 2)
+                self._squares.setdefault(group.name, {}).setdefault(name, []).append(expert.norm() ** 2)
         scales = [self._scales.get(name, 1.0) for name in group.expert_names]
         experts = [expert.scaled(scale) for expert, scale in zip(group.experts, scales, strict=True)]
         solution, basis = solve_low_rank(experts, settings)

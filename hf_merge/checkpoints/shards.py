@@ -1,0 +1,149 @@
+"""Weight files being written, tensor by tensor in any order, by one process or divided among several."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from torch import Tensor
+from torch import uint8 as torch_uint8
+
+from ..errors import OutputError
+from .layout import CheckpointLayout, ShardLayout
+
+
+_STOPPED = "stopped"
+
+
+class StoppedError(OutputError):
+    """Another process that writes into the same folder has failed, and says why itself."""
+
+
+class ShardWriter:
+    """Writes tensors into the shards of an unfinished output folder. A shard gets its final name when it is complete.
+
+    Args:
+        folder (`Path`): The final folder.
+        layout ([`CheckpointLayout`]): The weight files.
+    """
+
+    def __init__(self, folder: Path, layout: CheckpointLayout):
+        self.folder = folder.absolute()
+        self.partial = partial_of(self.folder)
+        self.layout = layout
+        self.finished: set[str] = set()
+        self._elsewhere: frozenset[str] = frozenset()
+        self._open: dict[str, _ShardFile] = {}
+        # A process of an earlier run that is still alive must not give the name of a shard to what this one is writing.
+        self._mark = secrets.token_hex(4)
+
+    def leave(self, shards: Iterable[str]) -> None:
+        """Leaves shards, by file name, to other processes that write into the same folder."""
+        self._elsewhere = frozenset(shards)
+
+    def stop(self) -> None:
+        """Makes the other processes that write into the same folder stop at their next tensor."""
+        with suppress(OSError):  # the disk may be the reason; the others are told at the end, too
+            (self.partial / _STOPPED).touch()
+
+    def wants(self, keys: Iterable[str]) -> bool:
+        """Whether any of the tensors still has to be written here."""
+        return any(self._is_wanted(self.layout.shard_of[key]) for key in keys)
+
+    def _is_wanted(self, shard: ShardLayout) -> bool:
+        return shard.filename not in self.finished and shard.filename not in self._elsewhere
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        """Writes one tensor into its place; its shard is synced and gets its name when it is complete.
+
+        Raises:
+            OutputError: The disk is full or fails, or another process has stopped the merge.
+        """
+        shard = self.layout.shard_of[key]
+        if not self._is_wanted(shard):
+            return
+        if self._elsewhere and (self.partial / _STOPPED).exists():
+            raise StoppedError(f"The merge into '{self.folder}' was stopped by another process.")
+        try:
+            file = self._open.get(shard.filename)
+            if file is None:
+                file = self._open[shard.filename] = _ShardFile(self.partial, shard, self._mark)
+            file.write(key, tensor)
+            if not file.missing:
+                file.finish()
+                self.finished.add(shard.filename)
+                del self._open[shard.filename]
+        except OSError as error:
+            raise output_error(self.folder, error) from error
+
+    def close(self) -> None:
+        """Closes the shards that are not complete."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+
+class _ShardFile:
+    """A safetensors file being filled in any order; its space is reserved at the start."""
+
+    def __init__(self, folder: Path, shard: ShardLayout, mark: str):
+        self.shard = shard
+        self.path = folder / f"{shard.filename}.{mark}.writing"
+        self.target = folder / shard.filename
+        self.missing = set(shard.infos)
+        self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115  closed by finish() or close()
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self._file.fileno(), 0, shard.nbytes)
+        self._write(memoryview(shard.header))
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        info = self.shard.infos[key]
+        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+            raise OutputError(
+                f"'{key}' is {tuple(tensor.shape)} {tensor.dtype}, planned was {info.shape} {info.dtype}."
+            )
+        data = (
+            memoryview(tensor.contiguous().reshape(-1).view(torch_uint8).numpy()) if info.nbytes else memoryview(b"")
+        )
+        self._file.seek(len(self.shard.header) + self.shard.offsets[key])
+        self._write(data)
+        self.missing.discard(key)
+
+    def _write(self, data: memoryview) -> None:
+        while len(data):
+            data = data[self._file.write(data) :]
+
+    def finish(self) -> None:
+        os.fsync(self._file.fileno())
+        self.close()
+        os.rename(self.path, self.target)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def is_finished(path: Path, shard: ShardLayout) -> bool:
+    """Whether a file has the size and the header of a shard."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.nbytes:
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(shard.header)) == shard.header
+
+
+def partial_of(folder: Path) -> Path:
+    """Where the files of an unfinished output folder are."""
+    return folder.with_name(folder.name + ".partial")
+
+
+def output_error(folder: Path, error: OSError) -> OutputError:
+    if isinstance(error, OutputError):
+        return error
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return OutputError(
+            f"The disk is full: '{folder}' could not be written. Free some space and run the merge again."
+        )
+    return OutputError(f"Cannot write '{folder}': {error}.")
