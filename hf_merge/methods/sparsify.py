@@ -143,7 +143,8 @@ class Election:
         self.weights = weights
         self.majority_sign = majority_sign
         self._balance = 0.0
-        self._undecided: dict[int, tuple[Tensor, list[Tensor], Sequence[float]]] = {}
+        self._undecided: dict[int, tuple[slice, Sequence[float]]] = {}
+        self._entries = _Entries()
 
     @property
     def most(self) -> float:
@@ -176,7 +177,8 @@ class Election:
         places = _without_majority(signs, vectors)
         if places is not None:
             signs.view(-1)[places] = 1.0
-            self._undecided[offset] = places, [vector.reshape(-1)[places] for vector in vectors], weights
+            kept = self._entries.add(places, [vector.reshape(-1)[places] for vector in vectors])
+            self._undecided[offset] = kept, weights
         return _add_agreeing(vectors, signs, weights, mean)
 
     def agreeing(self, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -190,8 +192,41 @@ class Election:
         undecided = self._undecided.pop(offset, None)
         if undecided is None or self.most > 0:
             return None
-        places, vectors, weights = undecided
+        kept, weights = undecided
+        places, vectors = self._entries.get(kept)
         return places, _add_agreeing(vectors, torch.full_like(vectors[0], -1.0), weights, mean)
+
+
+class _Entries:
+    """Places and values of entries of many pieces, in two buffers that grow. As many small tensors that stay they would lie in between
+    the pieces that come and go, whose memory could then not be used again."""
+
+    def __init__(self) -> None:
+        self._size = 0
+        self._places: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def add(self, places: Tensor, vectors: Sequence[Tensor]) -> slice:
+        """Keeps the places (int64) and the values of each vector there. Returns where they are."""
+        kept = slice(self._size, self._size + len(places))
+        if self._places is None or kept.stop > len(self._places):
+            self._grow(2 * kept.stop, places, vectors)
+        self._places[kept] = places
+        for row, vector in zip(self._values, vectors, strict=True):
+            row[kept] = vector
+        self._size = kept.stop
+        return kept
+
+    def _grow(self, capacity: int, places: Tensor, vectors: Sequence[Tensor]) -> None:
+        grown = places.new_empty(capacity), vectors[0].new_empty(len(vectors), capacity)
+        if self._places is not None:
+            grown[0][: self._size] = self._places[: self._size]
+            grown[1][:, : self._size] = self._values[:, : self._size]
+        self._places, self._values = grown
+
+    def get(self, kept: slice) -> tuple[Tensor, list[Tensor]]:
+        """The places and the values of each vector."""
+        return self._places[kept], list(self._values[:, kept])
 
 
 def _without_majority(signs: Tensor, vectors: Sequence[Tensor]) -> Tensor | None:
