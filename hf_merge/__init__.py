@@ -41,6 +41,7 @@ _EXPORTS = {
     ],
     "evaluation": ["EvaluationResult", "EvaluationTask", "Metric", "compare_merges", "evaluate_merge"],
     "evaluation.report": ["write_report"],
+    "engines.estimate": ["Estimate"],
     "engines.plan": ["MergePlan"],
     "engines.streaming": ["MergeReport"],
     "data.augmentations": ["Chain", "Mixup", "RandomShift"],

@@ -124,12 +124,17 @@ def plan(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Also check that this folder can be written.")
     ] = None,
+    device_map: Device = None,
+    samples: Annotated[int, typer.Option(help="For methods that need data: samples of each task.", min=0)] = 0,
+    tokens: Annotated[int, typer.Option(help="And tokens of each sample.", min=0)] = 0,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a merge would do, from headers alone; exit code 2 if it cannot run."""
-    merger = open_merger(recipe, method, expert, base, settings, dtype, None, trust_remote_code)
+    """Show what a merge would do and take, from headers alone; exit code 2 if it cannot run."""
+    merger = open_merger(recipe, method, expert, base, settings, dtype, device_map, trust_remote_code)
     problems = merger.problems(out)
+    if not problems:
+        merger.estimate(out, samples=samples, tokens=tokens)
     if as_json:
         typer.echo(json.dumps(merger.plan.to_dict() | {"problems": problems}))
     else:

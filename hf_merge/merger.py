@@ -27,8 +27,17 @@ from .config import MergeConfig
 from .data.calibration import CalibrationData
 from .engines.adapter_output import AdapterSink, checkpoint_layout, needs_base_values, seal_adapter
 from .engines.aligned import align_experts
-from .engines.choice import Engine, choose_engine, find_data_problems, is_divisible, plan_merge
+from .engines.choice import (
+    Engine,
+    choose_engine,
+    estimate_merge,
+    find_data_problems,
+    is_divisible,
+    plan_merge,
+)
 from .engines.division import run_part, shared_output
+from .engines.estimate import Estimate
+from .engines.estimate_blocks import Samples
 from .engines.identity import fingerprint
 from .engines.lazy import LazyModel, lazy_merge
 from .engines.opening import Opening
@@ -145,13 +154,46 @@ class Merger(HubMixin):
             save_directory (`str`, *optional*): Also check that this folder can be written.
 
         Returns:
-            [`MergePlan`]: Print it to read what will happen.
+            [`MergePlan`]: Print it to read what will happen, and what memory and disk it takes.
 
         Raises:
             PlanError: Lists all problems at once.
         """
         self._raise(self.problems(save_directory))
+        if self.plan.estimate is None:
+            self.plan.estimate = estimate_merge(self.plan, self.placement)
         return self.plan
+
+    def estimate(
+        self,
+        save_directory: str | os.PathLike | None = None,
+        *,
+        samples: int = 0,
+        tokens: int = 0,
+        args: Any = None,
+    ) -> Estimate:
+        """What the merge will take: bytes read and written, disk, peak memory by device, and, where no samples are needed, time. The
+        time comes from merging small random tensors on this machine, which takes some tenths of a second; no weight is read.
+
+        Args:
+            save_directory (`str`, *optional*): Where the result will go: this disk is tried for the time.
+            samples (`int`): For methods that need samples: how many each task will have.
+            tokens (`int`): And how many tokens, or patches, each of them.
+            args ([`ProDistillArguments`], *optional*): For such methods: as in [`~Merger.merge`].
+
+        Raises:
+            PlanError: The models cannot be merged; lists every reason.
+        """
+        self._raise(self.problems())
+        options = None
+        if args is not None:
+            from .training.monitor import engine_options
+
+            options = engine_options(args, None)
+        folder = Path(save_directory).absolute() if save_directory is not None else None
+        size = Samples(samples, tokens)
+        self.plan.estimate = estimate_merge(self.plan, self.placement, size, options, timed=True, folder=folder)
+        return self.plan.estimate
 
     def problems(self, save_directory: str | os.PathLike | None = None) -> list[str]:
         """What [`~Merger.check`] would raise, as a list of sentences; empty when the merge can run.

@@ -88,7 +88,8 @@ class Converter:
                 renamed.setdefault(name, []).append((key, pattern))
             else:
                 unexpected.append(key)
-        groups = [self._group(name, entries, infos, where) for name, entries in renamed.items()]
+        converted: dict[tuple, TensorInfo] = {}  # the layers of a model are alike
+        groups = [self._group(name, entries, infos, where, converted) for name, entries in renamed.items()]
         present = {name for group in groups for name in group.targets}
         ignore = getattr(self.shell, "_keys_to_ignore_on_load_unexpected", None) or []
         buffers = {name for name, _ in self.shell.named_buffers()}
@@ -108,8 +109,14 @@ class Converter:
         return name, pattern
 
     def _group(
-        self, name: str, entries: list[tuple[str, str | None]], infos: Mapping[str, TensorInfo], where: str
+        self,
+        name: str,
+        entries: list[tuple[str, str | None]],
+        infos: Mapping[str, TensorInfo],
+        where: str,
+        converted: dict[tuple, TensorInfo],
     ) -> ConversionGroup:
+        """The group of a parameter. `converted` remembers what tensors of the same patterns and shapes become."""
         keys = [key for key, _ in entries]
         patterns = [pattern for _, pattern in entries]
         if patterns[0] is None:
@@ -119,14 +126,20 @@ class Converter:
                 )
             return ConversionGroup({name: infos[keys[0]]}, keys)
         group = ConversionGroup({name: infos[keys[0]]}, keys, patterns)
+        alike = (*patterns, *(infos[key] for key in keys))
+        if alike in converted:
+            group.targets = {name: converted[alike]}
+            return group
         on_meta = {key: torch.empty(infos[key].shape, dtype=infos[key].dtype, device="meta") for key in keys}
         try:
-            converted = self.to_module(group, on_meta.__getitem__)
+            values = self.to_module(group, on_meta.__getitem__)
         except (RuntimeError, ValueError, KeyError, IndexError) as error:
             raise CheckpointError(
                 f"{where}: {', '.join(map(repr, keys[:4]))} do not make up '{name}': {error}"
             ) from error
-        group.targets = {target: TensorInfo(tuple(value.shape), value.dtype) for target, value in converted.items()}
+        group.targets = {target: TensorInfo(tuple(value.shape), value.dtype) for target, value in values.items()}
+        if list(group.targets) == [name]:
+            converted[alike] = group.targets[name]
         return group
 
     def keep_in_float32(self, name: str, dtype: torch.dtype) -> bool:

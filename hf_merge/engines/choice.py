@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
-from ..checkpoints.conversion import SaveGroup
+from ..checkpoints.conversion import SaveGroup, plan_saving
 from ..checkpoints.source import ModelSource
 from ..config import MergeConfig
 from ..data.calibration import CalibrationData
@@ -17,7 +18,7 @@ from ..methods.mixture_base import MixtureMethod
 from ..methods.model_base import ModelMethod
 from ..registry import get_merge_method
 from .adapter_output import plan_adapter
-from .adapters import tensor_engine
+from .adapters import all_adapters, tensor_engine
 from .after_merge import inner_plan, outer_plan
 from .backbone_blocks import BackboneBlocksEngine
 from .backbone_plan import build_backbone_plan
@@ -25,6 +26,8 @@ from .backbones import BackboneEngine
 from .blockwise import BlockwiseEngine
 from .calibrated import initial_plan
 from .end_to_end import EndToEndEngine
+from .estimate import Estimate, streaming_memory, traffic
+from .estimate_blocks import Samples, block_disk, blockwise_memory
 from .mixture_plan import build_mixture_plan
 from .mixtures import MixtureEngine
 from .options import EngineOptions
@@ -33,6 +36,7 @@ from .plan import MergePlan
 from .planning import build_plan
 from .streaming import MergeReport, Sink
 from .surgery import SurgeryEngine, plan_surgery
+from .timing import merge_seconds
 from .twin import TwinEngine, plan_twin
 
 
@@ -172,3 +176,42 @@ def is_divisible(plan: MergePlan) -> bool:
 def is_block_wise(config: MergeConfig) -> bool:
     """Whether a method without a shared base merges one block after another."""
     return getattr(config, "block_wise", False)
+
+
+def estimate_merge(
+    plan: MergePlan,
+    placement: Placement,
+    samples: Samples | None = None,
+    options: EngineOptions | None = None,
+    *,
+    timed: bool = False,
+    folder: Path | None = None,
+) -> Estimate:
+    """What a checked plan takes when it is written to a folder.
+
+    Args:
+        plan ([`MergePlan`]): The plan.
+        placement ([`Placement`]): Where to compute.
+        samples ([`Samples`], *optional*): The size of the samples, for methods that need them.
+        options ([`EngineOptions`], *optional*): For the engines that need data.
+        timed (`bool`): Whether to try how long it takes.
+        folder (`Path`, *optional*): Where the result goes.
+    """
+    method = get_merge_method(plan.config.merge_type).method_cls
+    by_block = issubclass(method, BlockMethod)
+    streamed = issubclass(method, TensorMethod) and not all_adapters(plan.experts)
+    estimate = traffic(plan, by_parameter=by_block or streamed)
+    if by_block:
+        samples = samples or Samples(0, 0)
+        estimate.memory = blockwise_memory(plan, placement, samples, options)
+        estimate.disk = block_disk(plan, samples, options)
+        if not samples.count:
+            estimate.notes.append("without the activations of samples: say how many there are")
+    elif streamed:
+        target = plan.target
+        groups = plan_saving(target.converter, target.layout, plan.outputs)
+        estimate.memory = streaming_memory(plan, placement, groups)
+        estimate.seconds = merge_seconds(plan, placement, estimate.bytes_read, folder) if timed else None
+    else:
+        estimate.notes.append(f"memory and time are not estimated for this merge with '{plan.config.merge_type}'")
+    return estimate

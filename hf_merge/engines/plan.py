@@ -92,6 +92,7 @@ class MergePlan:
         adapter ([`AdapterLayout`], *optional*): The files of the result, where it is an adapter.
         twin ([`TwinParts`], *optional*): What an engine keeps of every expert beside the merged weights.
         merged ([`ModelSource`], *optional*): The result's class, config and parameters, where they are not the first expert's.
+        estimate ([`Estimate`], *optional*): What the merge is expected to take, when it was asked for.
     """
 
     config: MergeConfig
@@ -105,6 +106,7 @@ class MergePlan:
     merged: ModelSource | None = None
     adapter: Any = None
     twin: Any = None
+    estimate: Any = None
 
     @property
     def target(self) -> ModelSource:
@@ -164,6 +166,7 @@ class MergePlan:
         for (model, reason), count in Counter((d.model, d.reason) for d in self.dropped).items():
             lines.append(f"  not used: {count} tensor(s) of '{model}': {reason}")
         lines += [f"  note: {note}" for note in self.notes]
+        lines += [str(self.estimate)] if self.estimate is not None else []
         lines += [f"  PROBLEM: {problem}" for problem in self.problems]
         return "\n".join(lines)
 
@@ -191,4 +194,5 @@ class MergePlan:
             "dropped": [vars(entry) for entry in self.dropped],
             "notes": self.notes,
             "problems": self.problems,
+            "estimate": self.estimate.to_dict() if self.estimate is not None else None,
         }

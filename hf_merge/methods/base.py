@@ -12,6 +12,7 @@ it is given groups of tensors that belong together, and returns tensors.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,11 @@ from torch import Tensor
 
 from ..kinds import LINEAR_KINDS, ParameterKind
 from ..low_rank import Factors, concatenated
-from .groups import LowRankGroup, TensorGroup
+from .groups import PIECE, LowRankGroup, TensorGroup
+
+
+FLOAT32 = 4
+"""Bytes of a number."""
 
 
 class MergeMethod:
@@ -132,6 +137,29 @@ class TensorMethod(MergeMethod):
         for; a later one may correct single entries."""
         yield Step(group, lambda: self(group))
 
+    # -- what a merge takes ---------------------------------------------------------------------------------------
+
+    working_copies: ClassVar[tuple[float, float]] = (4.0, 1.0)
+    """How many float32 tensors of the parameter's size are held while it is merged, beside the stored tensors and the rounded
+    result: so many, and so many more for each expert. For the plan's estimate of memory: measure it."""
+
+    @classmethod
+    def working_memory(cls, kind: ParameterKind, shape: Sequence[int], experts: int, settings: Any) -> int:
+        """Bytes that are held while one parameter is merged, beside the stored tensors and the rounded result.
+
+        Args:
+            kind ([`ParameterKind`]): What the parameter is.
+            shape (`Sequence[int]`): Its shape.
+            experts (`int`): The number of experts.
+            settings ([`MergeConfig`]): Its settings.
+        """
+        if cls.kinds is not None and kind not in cls.kinds:
+            return (
+                4 * FLOAT32 * math.prod(shape)
+            )  # merge_other: base, sum, one task vector, the distance to the base model
+        fixed, each = cls.working_copies
+        return int(FLOAT32 * math.prod(shape) * (fixed + each * experts))
+
     # -- experts that are adapters --------------------------------------------------------------------------------
 
     changes_only: ClassVar[bool] = False
@@ -196,6 +224,13 @@ class ElementwiseMethod(TensorMethod):
     the parameter. A subclass implements [`~ElementwiseMethod.merge_piece`], and
     [`~ElementwiseMethod.prepare`] where it needs to know something of the whole parameter.
     """
+
+    working_copies = (0.0, 0.0)
+
+    @classmethod
+    def working_memory(cls, kind: ParameterKind, shape: Sequence[int], experts: int, settings: Any) -> int:
+        piece = FLOAT32 * min(math.prod(shape), PIECE) * (experts + 6)
+        return piece + super().working_memory(kind, shape, experts, settings)
 
     def unit(self, group: TensorGroup) -> int | None:
         """How many entries belong together, see [`~TensorGroup.pieces`]."""
@@ -315,6 +350,17 @@ class LinearMethod(TensorMethod):
 
     requires_base = True
     kinds = LINEAR_KINDS
+    working_copies = (10.0, 5.0)
+    square_copies: ClassVar[float] = 20.0
+    """What [`~TensorMethod.working_copies`] lacks: so many square matrices of the smaller dimension."""
+
+    @classmethod
+    def working_memory(cls, kind: ParameterKind, shape: Sequence[int], experts: int, settings: Any) -> int:
+        if kind not in cls.kinds:
+            return super().working_memory(kind, shape, experts, settings)
+        one = super().working_memory(kind, shape[-2:], experts, settings)
+        one += int(FLOAT32 * cls.square_copies * min(shape[-2:]) ** 2)
+        return one + (2 * FLOAT32 * math.prod(shape) if len(shape) > 2 else 0)  # all merged matrices, then stacked
 
     @classmethod
     def needs_factors(cls, settings: Any) -> bool:

@@ -6,6 +6,7 @@ device map, a cache or a file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .base import MergeMethod, TensorGroup
+from .base import FLOAT32, MergeMethod, TensorGroup
 from .groups import keyed_generator
 
 
@@ -190,6 +191,18 @@ class BlockMethod(MergeMethod):
     """Whether the method needs what the merged model's own prefix hands to a block."""
     reads_teachers: ClassVar[bool] = True
     """Whether the method needs what the experts' own prefixes hand to their blocks."""
+
+    @classmethod
+    def working_memory(cls, shapes: Mapping[str, Sequence[int]], experts: int, settings: Any) -> int:
+        """Bytes that are held while one block is merged, beside the merged model's block and activations: the experts' blocks, and
+        what the method makes of them.
+
+        Args:
+            shapes (`Mapping[str, Sequence[int]]`): Of the parameters of the block that the method merges.
+            experts (`int`): The number of experts.
+            settings ([`MergeConfig`]): The recipe.
+        """
+        return FLOAT32 * (experts + 1) * sum(map(math.prod, shapes.values()))
 
     def skip_blocks(self, settings: Any, norms: Callable[[], Mapping[str, float]]) -> set[str]:
         """Blocks that keep the values of `init`.

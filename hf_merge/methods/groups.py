@@ -19,7 +19,7 @@ from ..low_rank import Factors
 PIECE = 1 << 17
 """How many entries of a parameter are merged at a time on a CPU: what one step reads, is still in the cache in the next."""
 
-_LARGE_PIECE = 1 << 24  # elsewhere launches cost more than memory
+LARGE_PIECE = 1 << 24  # elsewhere launches cost more than memory
 
 _DRAWS_PER_COUNT = 8  # Philox makes four 64-bit words per step of its counter: eight draws of 32 bits
 
@@ -131,7 +131,7 @@ class TensorGroup:
             yield replace(self, report={})
             return
         size = self.shape.numel()
-        limit = PIECE if self.device.type == "cpu" else _LARGE_PIECE
+        limit = PIECE if self.device.type == "cpu" else LARGE_PIECE
         step = max(limit // unit, 1) * unit
         base = None if self.stored_base is None else self.stored_base.reshape(-1)
         experts = [stored.reshape(-1) for stored in self.stored_experts]

@@ -114,6 +114,11 @@ def cuts_of_parts(parts: Parts, size: int, counts: Sequence[int]) -> list[Cut]:
     return [found[k] if k in found else Cut.nothing() if k <= 0 else Cut(0.0) for k in counts]
 
 
+def selection_memory(entries: int) -> int:
+    """Bytes that are held on a CPU while the largest of so many float32 entries are looked for."""
+    return 6 * entries if entries <= _PARTITIONED else 8 * HIGH_BINS
+
+
 def _select(parts: Parts, size: int, counts: Sequence[int]) -> list[Cut]:
     first = next(iter(parts()))
     if first.dtype == torch.float32 and (first.device.type != "cpu" or size > _PARTITIONED):

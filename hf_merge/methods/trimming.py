@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import TensorGroup
+from .base import FLOAT32, ParameterKind, TensorGroup
 from .election import masked
 from .selection import (
     HIGH_BINS,
@@ -21,6 +22,7 @@ from .selection import (
     locate,
     low_histogram,
     magnitude_of,
+    selection_memory,
 )
 from .sparsify import SparseMethod, task_vector_parts
 
@@ -46,6 +48,13 @@ class TrimmingMethod(SparseMethod):
     def __init__(self) -> None:
         self._bins: dict[Target, tuple[int, int]] = {}
         self._cuts: dict[Target, Cut] = {}
+
+    @classmethod
+    def working_memory(cls, kind: ParameterKind, shape: Sequence[int], experts: int, settings: Any) -> int:
+        held = super().working_memory(kind, shape, experts, settings)
+        if settings.scope == "model":  # while it is surveyed
+            return max(held, 4 * FLOAT32 * math.prod(shape))
+        return max(held, selection_memory(math.prod(shape)))
 
     def mark(self, group: TensorGroup, index: int) -> Cut:
         """What separates the entries of expert `index` that are kept in this parameter."""

@@ -21,6 +21,8 @@ class Ace(LinearMethod):
     ε and the heterogeneity are relative here, absolute in the paper: its result depends on the units of the weights.
     """
 
+    working_copies = (6.0, 2.0)
+    square_copies = 35.0
     changes_only = True
 
     def merge_matrix(self, task_matrices: TaskMatrices, group: TensorGroup) -> Tensor:

@@ -18,6 +18,7 @@ class ArceeFusion(TensorMethod):
     The quartiles are exact; mergekit estimates them from a random sample of large parameters.
     """
 
+    working_copies = (12.5, 0.0)
     requires_base = True
     max_experts = 1
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from ..base import TensorGroup
-from ..selection import Cut, count_kept, cuts_of_parts
+from ..base import ParameterKind, TensorGroup
+from ..selection import Cut, count_kept, cuts_of_parts, selection_memory
 from ..sparsify import SparseMethod, task_vector_parts
 
 
 class Breadcrumbs(SparseMethod):
     """τ̂ keeps, of each parameter, the `density` largest entries after the γ largest (arXiv 2312.06795)."""
+
+    @classmethod
+    def working_memory(cls, kind: ParameterKind, shape: Sequence[int], experts: int, settings: Any) -> int:
+        held = super().working_memory(kind, shape, experts, settings)
+        return max(held, selection_memory(math.prod(shape)))
 
     def mark(self, group: TensorGroup, index: int) -> tuple[Cut, Cut]:
         density, gamma = group.settings.density[index], group.settings.gamma[index]

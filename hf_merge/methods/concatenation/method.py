@@ -17,6 +17,7 @@ from .config import SvdConfig
 class Cat(TensorMethod):
     """θ_0 + Σ w_i τ_i. The merged adapter's factors are the experts' side by side: [w_1 B_1 … w_n B_n] and [A_1; …; A_n]."""
 
+    working_copies = (3.5, 0.6)
     requires_base = True
     changes_only = True
 
@@ -37,6 +38,8 @@ class Cat(TensorMethod):
 class Svd(LinearMethod):
     """The leading singular triplets of Σ w_i T_i."""
 
+    working_copies = (8.0, 1.0)
+    square_copies = 0.0
     changes_only = True
 
     @classmethod

@@ -24,6 +24,8 @@ from ..tsv_m.method import leading_triplets, nonzero_experts
 class IsoC(LinearMethod):
     """λ σ̄ U Vᵀ with Σ T_i = U diag(σ) Vᵀ and σ̄ the mean of the non-zero σ."""
 
+    working_copies = (11.0, 1.0)
+    square_copies = 5.5
     changes_only = True
 
     @classmethod
@@ -47,6 +49,8 @@ class IsoC(LinearMethod):
 class IsoCts(LinearMethod):
     """The top directions of Σ T_i, and of each task those of T_i outside of them; polar factors, one singular value."""
 
+    working_copies = (10.0, 5.0)
+    square_copies = 24.0
     changes_only = True
 
     @classmethod

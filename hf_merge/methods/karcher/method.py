@@ -20,6 +20,8 @@ class Karcher(TensorMethod):
     float64. The steps cost nothing, whatever the size of the parameter.
     """
 
+    working_copies = (4.0, 0.5)
+
     def merge(self, group: TensorGroup) -> Tensor:
         settings = group.settings
         total = normalizer(settings.weights, group.name)

@@ -22,6 +22,8 @@ from ..linalg import rounding_floor, solve_dtype
 class Knots(LinearMethod):
     """λ U Σ V_mergedᵀ with [T_1 … T_n] = U Σ [V_1ᵀ … V_nᵀ] and V_merged what the inner method makes of V_1 … V_n."""
 
+    working_copies = (15.0, 9.0)
+    square_copies = 0.0
     changes_only = True
 
     @classmethod
@@ -60,6 +62,8 @@ class Knots(LinearMethod):
 class CoreSpace(LinearMethod):
     """λ U M Vᵀ with M what the inner method makes of the cores M_i = Uᵀ T_i V; U spans all columns and V all rows of the T_i."""
 
+    working_copies = (16.0, 9.0)
+    square_copies = 0.0
     changes_only = True
 
     @classmethod

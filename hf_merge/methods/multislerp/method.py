@@ -21,6 +21,7 @@ class MultiSlerp(TensorMethod):
     direction of their sum: the result is m itself.
     """
 
+    working_copies = (6.5, 0.3)
     changes_only = True
 
     def merge(self, group: TensorGroup) -> Tensor:

@@ -12,6 +12,7 @@ from ..spherical import slerp_rows
 class NuSlerp(TensorMethod):
     """slerp(t; θ_1, θ_2), or θ_0 + slerp(t; τ_1, τ_2) with a base model, t = w_2 / (w_1 + w_2)."""
 
+    working_copies = (9.5, 0.0)
     changes_only = True
     min_experts = 2
     max_experts = 2

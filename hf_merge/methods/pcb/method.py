@@ -16,6 +16,7 @@ _OUTLIERS = 1e-4  # the fraction of largest magnitudes that are clipped, as in t
 class Pcb(TensorMethod):
     """θ_0 + λ Σ s_i ⊙ τ_i / Σ s_i, with s_i the scores of [`balanced_scores`], parameter by parameter."""
 
+    working_copies = (12.0, 2.0)
     requires_base = True
     changes_only = True
 

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...registry import get_merge_method
+from ..base import FLOAT32
 from ..block_base import BlockGroup, BlockInputs, BlockMethod
 from .coefficients import ElementCoefficients, SharedCoefficients
 from .config import ProDistillConfig
@@ -22,6 +23,15 @@ class ProDistill(BlockMethod):
     teacher's h_i from expert i."""
 
     requires_base = True
+
+    @classmethod
+    def working_memory(cls, shapes: Mapping[str, Sequence[int]], experts: int, settings: ProDistillConfig) -> int:
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        moments = 2 if settings.granularity == "element" else 0
+        loading = 2 * experts + 1  # the experts' blocks, their task vectors, the start
+        training = experts + 2 + moments  # task vectors, the start, gradients, the optimizer's state
+        reporting = (experts + 1 + moments) * sum(sizes) + (2 * experts + 5) * max(sizes, default=0)
+        return FLOAT32 * max(loading * sum(sizes), training * sum(sizes), reporting)
 
     def skip_blocks(self, settings: ProDistillConfig, norms: Callable[[], Mapping[str, float]]) -> set[str]:
         if not settings.skip_blocks:

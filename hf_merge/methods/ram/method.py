@@ -23,6 +23,7 @@ class Ram(TensorMethod):
     alone (arXiv 2601.13572).
     """
 
+    working_copies = (8.0, 1.3)
     requires_base = True
     changes_only = True
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import NonFiniteError
-from ..base import LINEAR_KINDS, ParameterKind, TensorGroup
+from ..base import FLOAT32, LINEAR_KINDS, ParameterKind, TensorGroup
 from ..block_base import BlockGroup, BlockMethod
 from ..linalg import solve_symmetric
 from .fitting import fit_layers
@@ -28,6 +30,13 @@ class RegMean(BlockMethod):
     """RegMean on the linear layers of the blocks, with the inputs that each expert sees in its own model."""
 
     reads_student = False
+
+    @classmethod
+    def working_memory(cls, shapes: Mapping[str, Sequence[int]], experts: int, settings: Any) -> int:
+        square = [shape[-1] ** 2 * math.prod(shape[:-2]) for shape in shapes.values() if len(shape) > 1]
+        # Gram matrices of all tasks in float64; of one layer their sum, its factor and a scaled one.
+        grams = 2 * FLOAT32 * (experts * sum(square) + 3 * max(square, default=0))
+        return grams + super().working_memory(shapes, experts, settings)
 
     def merge_block(self, block: BlockGroup) -> None:
         groups = {name: group for name, group in block.parameters.items() if group.kind in LINEAR_KINDS}

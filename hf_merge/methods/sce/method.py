@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..base import ElementwiseMethod, TensorGroup
+from ..base import ElementwiseMethod, ParameterKind, TensorGroup
 from ..election import Election, masked
-from ..selection import Cut, count_kept, cut_largest
+from ..selection import Cut, count_kept, cut_largest, selection_memory
 from ..spherical import dot
 
 
@@ -36,6 +39,13 @@ class Sce(ElementwiseMethod):
 
     requires_base = True
     changes_only = True
+
+    working_copies = (0.75, 0.0)
+
+    @classmethod
+    def working_memory(cls, kind: ParameterKind, shape: Sequence[int], experts: int, settings: Any) -> int:
+        held = super().working_memory(kind, shape, experts, settings)
+        return max(held, selection_memory(math.prod(shape)))
 
     def prepare(self, group: TensorGroup) -> Selection:
         mask = select(group, group.settings.density)

@@ -24,6 +24,9 @@ class Svc(LinearMethod):
     Parameters of other kinds are the inner method's.
     """
 
+    working_copies = (15.0, 0.5)
+    square_copies = 13.0
+
     def __init__(self):
         self._inner: dict[str, TensorMethod] = {}
 

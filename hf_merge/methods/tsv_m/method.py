@@ -26,6 +26,8 @@ class TsvM(LinearMethod):
     """λ U_⊥ diag(S) V_⊥ᵀ: of each of n tasks the top ⌊min(out, in)/n⌋ triplets, concatenated, U and V replaced by their polar
     factors."""
 
+    working_copies = (5.0, 5.5)
+    square_copies = 19.0
     changes_only = True
 
     @classmethod

@@ -31,6 +31,8 @@ class Wudi(LinearMethod):
     With `equalize_norms` every parameter is observed once before the merge, for the norms of the whole task vectors.
     """
 
+    working_copies = (18.0, 1.0)
+    square_copies = 9.0
     changes_only = True
 
     @classmethod

@@ -1,0 +1,196 @@
+"""What a merge takes, from its plan: bytes read and written, peak memory of every device, disk. Time is measured by `timing.py`.
+
+The memory of the streaming engine is that of its loop, gone through without reading anything; that of the block-wise engine is
+in `estimate_blocks.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..adapters.source import AdapterSource
+from ..checkpoints.conversion import SaveGroup
+from ..checkpoints.source import ModelSource
+from ..checkpoints.storage import StateDictStorage
+from ..methods.base import FLOAT32, ElementwiseMethod, TensorMethod
+from ..methods.groups import LARGE_PIECE
+from ..registry import get_merge_method
+from .placement import Placement
+from .plan import MergePlan, PlannedParameter
+from .streaming import READ_AHEAD, peak_memory_bytes
+
+
+@dataclass
+class Estimate:
+    """What a merge is expected to take. Print it to read it.
+
+    **Attributes**:
+        - **bytes_read** (`int`) -- From the models' files, surveys included.
+        - **bytes_written** (`int`) -- Of the result.
+        - **disk** (`int`) -- Bytes on the disk of the output before the merge is complete: the result, and finished blocks.
+        - **memory** (`dict[str, int]`) -- The peak of each device in bytes; on `"cpu"` with the process as it is now. Empty where
+          it is not known.
+        - **seconds** (`float`, *optional*) -- Wall time, extrapolated from merging small random tensors on this machine.
+        - **notes** (`list[str]`) -- What the figures leave out.
+    """
+
+    bytes_read: int
+    bytes_written: int
+    disk: int
+    memory: dict[str, int] = field(default_factory=dict)
+    seconds: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"  estimate: reads {size(self.bytes_read)}, writes {size(self.bytes_written)}, needs {size(self.disk)} of disk"
+        ]
+        if self.memory:
+            devices = ", ".join(f"{size(nbytes)} on {device}" for device, nbytes in self.memory.items())
+            lines.append(f"  estimate: peak memory {devices}")
+        if self.seconds is not None:
+            lines.append(f"  estimate: about {duration(self.seconds)}")
+        return "\n".join(lines + [f"  estimate: {note}" for note in self.notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        return dict(vars(self))
+
+
+def size(nbytes: int) -> str:
+    """Bytes in words, in units of 1000."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.1f} {unit}"
+    return f"{nbytes / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 120:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def process_memory() -> int:
+    """The resident set of this process now; its peak where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError):
+        return peak_memory_bytes()
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def traffic(plan: MergePlan, by_parameter: bool = True) -> Estimate:
+    """What a merge reads and writes.
+
+    Args:
+        plan ([`MergePlan`]): A plan without problems.
+        by_parameter (`bool`): Whether what the plan names for every parameter is read, once and once more for each survey; else
+            every model as a whole.
+    """
+    if by_parameter:
+        heads = sum(info.nbytes for head in plan.heads.values() for info in head.outputs.values())
+        read = heads + sum(stored_bytes(plan, one) * (1 + surveys(one)) for one in plan.parameters)
+    else:
+        read = sum(info.nbytes for source in plan.sources for info in source.parameters.values())
+    estimate = Estimate(read, plan.nbytes, plan.nbytes)
+    if any(type(source) is not ModelSource for source in plan.sources):
+        estimate.notes.append("adapters, nested recipes and other vocabularies are counted as models of full size")
+    return estimate
+
+
+def surveys(parameter: PlannedParameter) -> int:
+    """How many times a parameter is read before it is merged."""
+    method = get_merge_method(parameter.settings.merge_type).method_cls
+    if parameter.action != "merge" or not issubclass(method, TensorMethod):
+        return 0
+    return method().rounds(parameter.settings)
+
+
+def sources_of(plan: MergePlan, parameter: PlannedParameter) -> list[tuple[ModelSource, str]]:
+    """What is read for a parameter: models and their names for it."""
+    if parameter.action == "copy" and parameter.copy_from == "base":
+        return [(plan.base, parameter.base)]
+    if parameter.action == "copy":
+        index = next(i for i, source in enumerate(plan.experts) if source.name == parameter.copy_from)
+        return [(plan.experts[index], parameter.experts[index if len(parameter.experts) > 1 else 0])]
+    found = list(zip(plan.experts, parameter.experts, strict=True))
+    return found + ([(plan.base, parameter.base)] if parameter.base is not None else [])
+
+
+def stored_bytes(plan: MergePlan, parameter: PlannedParameter) -> int:
+    """Bytes of the stored tensors of a parameter."""
+    return sum(source.parameters[name].nbytes for source, name in sources_of(plan, parameter))
+
+
+def loaded_bytes(plan: MergePlan, parameter: PlannedParameter) -> int:
+    """The same without tensors that are in memory anyway."""
+    return sum(
+        source.parameters[name].nbytes
+        for source, name in sources_of(plan, parameter)
+        if not isinstance(source.storage, StateDictStorage) or isinstance(source, AdapterSource)
+    )
+
+
+def working_memory(plan: MergePlan, parameter: PlannedParameter, on_cpu: bool = True) -> int:
+    """Bytes that the method holds beside stored tensors and result while it merges a parameter."""
+    if parameter.action != "merge":
+        return 0
+    held = 0
+    for settings, experts in ((parameter.settings, len(plan.experts)), *((step, 1) for step in parameter.then)):
+        method = get_merge_method(settings.merge_type).method_cls
+        one = method.working_memory(parameter.kind, parameter.info.shape, experts, settings)
+        if not on_cpu and issubclass(method, ElementwiseMethod):
+            one += FLOAT32 * min(_entries(parameter), LARGE_PIECE) * (experts + 6)
+        held = max(held, one)
+    return held + (2 * FLOAT32 * _entries(parameter) if parameter.then else 0)
+
+
+def _entries(parameter: PlannedParameter) -> int:
+    return parameter.info.nbytes // parameter.info.dtype.itemsize
+
+
+def streaming_memory(plan: MergePlan, placement: Placement, groups: Sequence[SaveGroup]) -> dict[str, int]:
+    """The peak of every device over the loop of [`StreamingEngine.run`]: the group being merged, as stored and as a result, what
+    the method holds, the groups that are read ahead, and the result before, which is being written.
+
+    Args:
+        plan ([`MergePlan`]): A plan of data-free methods.
+        placement ([`Placement`]): Where the arithmetic is done.
+        groups (`Sequence[SaveGroup]`): What is written, in order.
+    """
+    by_name = {parameter.name: parameter for parameter in plan.parameters}
+    loaded = [sum(loaded_bytes(plan, by_name[name]) for name in group.names) for group in groups]
+    limits = [sum(by_name[name].info.nbytes for name in group.names) * len(plan.sources) for group in groups]
+    peaks: dict[str, int] = {"cpu": 0}
+    ahead, waiting, before = 0, 0, 0  # the next group to read, the bytes counted towards READ_AHEAD, the result before
+    for index, group in enumerate(groups):
+        while ahead < len(groups) and (ahead <= index or waiting + limits[ahead] <= READ_AHEAD):
+            waiting += limits[ahead]
+            ahead += 1
+        waiting -= limits[index]
+        result = sum(by_name[name].info.nbytes for name in group.names)
+        held = sum(loaded[index:ahead]) + before + result * (1 if group.is_plain else 2)
+        for device, nbytes in _on_devices(plan, placement, [by_name[name] for name in group.names]).items():
+            peaks[device] = max(peaks.get(device, 0), nbytes + (held if device == "cpu" else 0))
+        peaks["cpu"] = max(peaks["cpu"], held)
+        before = result
+    peaks["cpu"] += process_memory()
+    return peaks
+
+
+def _on_devices(plan: MergePlan, placement: Placement, parameters: Sequence[PlannedParameter]) -> Mapping[str, int]:
+    """What merging parameters one after another holds on each device."""
+    held: dict[str, int] = {}
+    for parameter in parameters:
+        device = placement.device_of(parameter.name)
+        one = working_memory(plan, parameter, device.type == "cpu")
+        if device.type != "cpu":
+            one += stored_bytes(plan, parameter)
+        held[str(device)] = max(held.get(str(device), 0), one)
+    return held

@@ -1,0 +1,159 @@
+"""How long a data-free merge will take: small random tensors are merged by the same engine with the same settings, and what they
+take is extrapolated by entries. No weight is read."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.storage import TensorInfo
+from ..kinds import ParameterKind
+from ..methods.base import LinearMethod
+from ..registry import get_merge_method
+from .estimate import sources_of, surveys
+from .placement import Placement
+from .plan import MergePlan, PlannedParameter
+from .streaming import Loaded, StreamingEngine
+
+
+TRIAL_SECONDS = 0.05
+"""Trials grow until one takes so long."""
+
+LARGEST_TRIAL = 2048
+"""The largest matrix of a trial has so many rows and columns."""
+
+ASSUMED_RATE = 1e9
+"""Bytes per second of a disk that cannot be tried."""
+
+_STACKED = (ParameterKind.EXPERT_LINEAR, ParameterKind.TRANSPOSED_EXPERT_LINEAR)
+
+
+def merge_seconds(plan: MergePlan, placement: Placement, read: int, folder: Path | None = None) -> float:
+    """The wall time of a streamed merge: reading, computing and writing overlap as far as there are processors for them.
+
+    Args:
+        plan ([`MergePlan`]): A plan of data-free methods.
+        placement ([`Placement`]): Where the arithmetic is done.
+        read (`int`): Bytes that are read.
+        folder (`Path`, *optional*): Where the result goes; the disk of the system's temporary folder is tried when not given.
+    """
+    reading, writing = disk_rates(folder)
+    parts = [read / reading, compute_seconds(plan, placement), plan.nbytes / writing]
+    return max(*parts, sum(parts) / min(len(parts), _processors()))
+
+
+def compute_seconds(plan: MergePlan, placement: Placement) -> float:
+    """The time of the arithmetic alone. Parameters that are treated alike share a trial."""
+    engine = _Trials(plan, placement)
+    alike: dict[tuple, list[PlannedParameter]] = {}
+    for parameter in plan.parameters:
+        if parameter.info.nbytes:
+            alike.setdefault(_treatment(plan, placement, parameter), []).append(parameter)
+    total = 0.0
+    for parameters in alike.values():
+        overhead, rate = engine.cost(parameters[0])
+        total += len(parameters) * overhead + rate * sum(_work(one, one.info.shape) for one in parameters)
+    return total
+
+
+def _treatment(plan: MergePlan, placement: Placement, parameter: PlannedParameter) -> tuple:
+    """What decides about the time of a parameter beside its shape."""
+    steps = tuple(step.merge_type for step in (parameter.settings, *parameter.then))
+    dtypes = tuple(source.parameters[name].dtype for source, name in sources_of(plan, parameter))
+    kind = parameter.kind if parameter.action == "merge" else None
+    device = str(placement.device_of(parameter.name))
+    return parameter.action, kind, steps, dtypes, parameter.info.dtype, device, min(len(parameter.info.shape), 2)
+
+
+def _work(parameter: PlannedParameter, shape: Sequence[int]) -> float:
+    """What the time is proportional to: entries; for methods on matrices, entries times the smaller dimension."""
+    entries = float(math.prod(shape))
+    method = get_merge_method(parameter.settings.merge_type).method_cls
+    on_matrices = parameter.action == "merge" and issubclass(method, LinearMethod) and parameter.kind in method.kinds
+    return entries * min(shape[-2:]) if on_matrices else entries
+
+
+class _Trials(StreamingEngine):
+    """Merges random tensors in the place of a plan's parameters."""
+
+    def cost(self, parameter: PlannedParameter) -> tuple[float, float]:
+        """Seconds of any parameter that is treated so, and seconds by unit of [`_work`]."""
+        smallest = _trial_shape(parameter, 2)
+        self._seconds(parameter, smallest)  # what is loaded and compiled on first use does not count
+        overhead = self._seconds(parameter, smallest)
+        side = 256
+        while True:
+            shape = _trial_shape(parameter, side)
+            seconds = min(self._seconds(parameter, shape), self._seconds(parameter, shape))
+            if seconds >= TRIAL_SECONDS or side >= LARGEST_TRIAL:
+                return overhead, max(0.0, seconds - overhead) / _work(parameter, shape)
+            side *= 2
+
+    def _seconds(self, parameter: PlannedParameter, shape: tuple[int, ...]) -> float:
+        trial = replace(parameter, info=TensorInfo(shape, parameter.info.dtype))
+        loaded = self._random(parameter, shape)
+        start = time.perf_counter()
+        if rounds := surveys(parameter):
+            method, group = self._method(parameter.settings.merge_type), self._group(trial, loaded)
+            for round in range(rounds):
+                seen = [(trial.name, method.observe(group, round))]
+                method.conclude(iter(seen), round, parameter.settings)
+        self.finish(trial, loaded)
+        return time.perf_counter() - start
+
+    def _random(self, parameter: PlannedParameter, shape: tuple[int, ...]) -> Loaded:
+        """Tensors like a base model's and its fine-tunes', in the dtypes of the models."""
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(shape, generator=generator).mul_(0.02)
+        stored: list[Tensor] = []
+        sources = sources_of(self.plan, parameter)
+        for source, name in sources:
+            change = 0.0 if source is self.plan.base else torch.randn(shape, generator=generator).mul_(1e-3)
+            stored.append((start + change).to(source.parameters[name].dtype))
+        has_base = sources[-1][0] is self.plan.base
+        return Loaded(stored[:-1], stored[-1]) if has_base else Loaded(stored, None)
+
+
+def _trial_shape(parameter: PlannedParameter, side: int) -> tuple[int, ...]:
+    """A shape of side² entries with as many dimensions as the parameter's."""
+    dimensions = len(parameter.info.shape)
+    if dimensions < 2:
+        return (side * side,) * dimensions
+    if parameter.kind in _STACKED:
+        return (*(1,) * (dimensions - 2), side, side)
+    return (side, side, *(1,) * (dimensions - 2))
+
+
+def disk_rates(folder: Path | None = None) -> tuple[float, float]:
+    """Bytes per second that the disk of a folder reads, from the system's cache, and writes, to the disk.
+
+    Args:
+        folder (`Path`, *optional*): A folder that exists, or whose parent does; the system's temporary folder when not given.
+    """
+    place = tempfile.gettempdir() if folder is None else next(path for path in folder.parents if path.is_dir())
+    content = bytes(1 << 25)
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            start = time.perf_counter()
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            written = time.perf_counter()
+            file.seek(0)
+            file.read()
+            read = time.perf_counter()
+    except OSError:
+        return ASSUMED_RATE, ASSUMED_RATE
+    return len(content) / (read - written), len(content) / (written - start)
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
