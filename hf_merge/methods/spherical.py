@@ -46,9 +46,16 @@ def row_norms(rows: Tensor) -> Tensor:
     return row_dots(rows, rows).sqrt_()
 
 
-def gram_matrix(vectors: Callable[[int], Tensor], count: int) -> Tensor:
-    """⟨x_i, x_j⟩ of `count` vectors that fit the memory together: float64, (count, count)."""
-    parts = [[part.double() for part in vectors(index).reshape(-1).split(_CHUNK)] for index in range(count)]
+def gram_matrix(vectors: Callable[[int], Tensor], count: int, precise: bool = True) -> Tensor:
+    """⟨x_i, x_j⟩ of `count` vectors that fit the memory together: float64, (count, count).
+
+    Args:
+        vectors (`Callable`): Makes vector i.
+        count (`int`): How many there are.
+        precise (`bool`): Multiply and add in float64. Where angles are not small, sums of pieces in the vectors' own dtype are enough.
+    """
+    whole = [vectors(index).reshape(-1) for index in range(count)]
+    parts = [[part.double() if precise else part for part in vector.split(_CHUNK)] for vector in whole]
     gram = torch.zeros(count, count, dtype=torch.float64)
     for row in range(count):
         for column in range(row + 1):

@@ -24,7 +24,7 @@ class ModelStock(ElementwiseMethod):
         """t of the parameter, or the length of its rows where every row has its own."""
         if group.settings.filter_wise:
             return row_length(group.shape, group.kind)
-        gram = sum(gram_matrix(piece.task_vector, len(piece)) for piece in group.pieces())
+        gram = sum(gram_matrix(piece.task_vector, len(piece), precise=False) for piece in group.pieces())
         norms = gram.diagonal().sqrt()
         units = norms.masked_fill(norms == 0, 1.0).reciprocal_()
         ratio = float(interpolation_ratio(units @ gram @ units, torch.count_nonzero(norms), len(group)))
