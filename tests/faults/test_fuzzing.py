@@ -249,7 +249,8 @@ _OWN = str(Path(__file__).resolve().parents[2])
 
 
 class Watch:
-    """Sees every file that this thread opens and every class that it unpickles, while it is told to. Libraries may be loaded."""
+    """Sees every file that this thread opens and every class that it unpickles, while it is told to. Libraries may be loaded, and the memory of
+    the process measured."""
 
     def __init__(self):
         self.folder: str | None = None
@@ -266,7 +267,7 @@ class Watch:
             path = os.path.abspath(os.fsdecode(arguments[0]))
             inside = path.startswith(self.folder + os.sep) or path == self.folder
             code = path.startswith(_LIBRARIES) or path.startswith(os.path.join(_OWN, "hf_merge"))
-            if not inside and not code:
+            if not inside and not code and path != "/proc/self/statm":  # the memory of this process
                 self.seen.append(f"open {path}")
 
     @contextmanager
