@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -274,9 +274,12 @@ class StreamingEngine:
         with one_thread() if self._in_pieces(parameter) else nullcontext():
             steps = self._steps(parameter, group)
             norms = [self._finish_step(parameter, group, result.view(-1), step) for step in steps]
-        row["norm"] = math.sqrt(max(0.0, math.fsum(norm for norm, _ in norms)))
+        # What overflows the dtype of the result may have been corrected by a later step.
+        if not all(one.own < _largest_square(result.dtype) for one in norms) and not all_finite(result):
+            raise NonFiniteError(self._describe_non_finite(parameter, group, torch.zeros(())))
+        row["norm"] = math.sqrt(max(0.0, math.fsum(one.added for one in norms)))
         if group.stored_base is not None:
-            row["task_vector_norm"] = math.sqrt(max(0.0, math.fsum(norm for _, norm in norms)))
+            row["task_vector_norm"] = math.sqrt(max(0.0, math.fsum(one.distance for one in norms)))
         row.update(group.report)
         return result
 
@@ -296,20 +299,19 @@ class StreamingEngine:
         return [Step(group, lambda: self._follow(parameter, group, whole(group, steps)))]
 
     @torch.no_grad()
-    def _finish_step(
-        self, parameter: PlannedParameter, group: TensorGroup, result: Tensor, step: Step
-    ) -> tuple[float, float]:
-        """Merges one step into its place in the result, rounded once. Returns what it adds to the squared norm of the parameter and to
-        that of its distance to the base model."""
+    def _finish_step(self, parameter: PlannedParameter, group: TensorGroup, result: Tensor, step: Step) -> StepNorms:
+        """Merges one step into its place in the result, rounded once."""
         merged, base = step.merge(), step.group.base
         norm, distance = self._norms(merged, base, step.places)
         if step.places is not None:
-            entries = result[step.places + step.group.offset].to(merged.dtype)
-            norm, distance = (new - old for new, old in zip((norm, distance), self._norms(entries, base, step.places)))
+            entries = result[(step.places + step.group.offset).to(result.device)].to(merged.device, merged.dtype)
+            old_norm, old_distance = self._norms(entries, base, step.places)
+        else:
+            old_norm = old_distance = 0.0
         step.put(merged, result)
-        if not norm < _largest_square(result.dtype) and not all_finite(merged.to(result.dtype)):
+        if not norm < _largest_square(result.dtype) and not all_finite(merged):
             raise NonFiniteError(self._describe_non_finite(parameter, group, merged))
-        return norm, distance
+        return StepNorms(norm, norm - old_norm, distance - old_distance)
 
     @staticmethod
     def _norms(merged: Tensor, base: Tensor | None, places: Tensor | None) -> tuple[float, float]:
@@ -367,6 +369,15 @@ class StreamingEngine:
         for key, tensor in on_disk(self.plan, group, merged).items():
             sink.write(key, tensor)
             bar.update(group.disk[key].nbytes)
+
+
+class StepNorms(NamedTuple):
+    """The squared norm of the values of a step, and what the step adds to the squared norms of the parameter and of its distance to the
+    base model's."""
+
+    own: float
+    added: float
+    distance: float
 
 
 def _largest_square(dtype: torch.dtype) -> float:

@@ -103,7 +103,7 @@ class Step(NamedTuple):
         if self.places is None:
             parameter[start : start + value.numel()].copy_(value.reshape(-1))
         else:
-            parameter[self.places + start] = value.to(parameter.dtype)
+            parameter[(self.places + start).to(parameter.device)] = value.to(parameter.device, parameter.dtype)
 
 
 class TensorMethod(MergeMethod):

@@ -35,8 +35,8 @@ class Election:
     def signs(self, vectors: Sequence[Tensor]) -> Tensor:
         """The elected signs: −1, 1, or 0 where there is no majority, in the dtype of the vectors."""
         if self.majority_sign == "total":
-            return weighted_sum(vectors, self.weights).sign_()
-        return weighted_sum((vector.sign() for vector in vectors), map(np.sign, self.weights)).sign_()
+            return weighted_sum(vectors, self.weights).sign_().contiguous()
+        return weighted_sum((vector.sign() for vector in vectors), map(np.sign, self.weights)).sign_().contiguous()
 
     def merge(
         self, vectors: Sequence[Tensor], offset: int = 0, weights: Sequence[float] | None = None, *, mean: bool

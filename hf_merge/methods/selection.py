@@ -55,7 +55,7 @@ class Cut:
         """The entries of `values` that are kept (bool, same shape)."""
         magnitudes = values.abs()
         if self.last is None:
-            return magnitudes >= self.threshold
+            return ~(magnitudes < self.threshold)  # NaN is kept, and noticed
         mask = (magnitudes > self.threshold).contiguous()
         head = slice(0, self.last + 1)
         mask.view(-1)[head] |= magnitudes.reshape(-1)[head] == self.threshold
@@ -142,7 +142,7 @@ def _select_by_partition(parts: Parts, size: int, counts: Sequence[int], unsigne
         equal = bits == bits[place]
         ties, total = np.count_nonzero(equal[place:]), np.count_nonzero(equal)
         threshold = float(bits[place : place + 1].view(f"f{unsigned.itemsize}")[0])
-        cuts.append(Cut(threshold, None if ties == total else _place_of_equal(parts, threshold, ties)))
+        cuts.append(Cut(threshold, _last_kept(parts, threshold, ties, total)))
     return cuts
 
 
@@ -154,8 +154,14 @@ def _select_by_histograms(parts: Parts, counts: Sequence[int]) -> list[Cut]:
     for high, rank in chosen:
         low, ties = locate(lows[high], rank)
         threshold = magnitude_of(high, low)
-        cuts.append(Cut(threshold, None if ties == int(lows[high][low]) else _place_of_equal(parts, threshold, ties)))
+        cuts.append(Cut(threshold, _last_kept(parts, threshold, ties, int(lows[high][low]))))
     return cuts
+
+
+def _last_kept(parts: Parts, threshold: float, ties: int, equal: int) -> int | None:
+    """`last` of a [`Cut`] that keeps `ties` of the `equal` entries of its threshold. Where the threshold is NaN, everything is kept,
+    and whoever checks the result notices."""
+    return None if ties == equal or math.isnan(threshold) else _place_of_equal(parts, threshold, ties)
 
 
 def _place_of_equal(parts: Parts, magnitude: float, count: int) -> int:

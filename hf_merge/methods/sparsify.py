@@ -100,8 +100,8 @@ class SparseMethod(ElementwiseMethod):
         keeps = len(group) * group.shape.numel() <= _KEPT_ENTRIES
         for piece in self.foreseen_pieces(group, sparsity):
             vectors = self.sparse_vectors(piece, sparsity)
-            norms[0] += torch.tensor([l1_norm(vector) for vector in piece.task_vectors()])
-            norms[1] += torch.tensor([l1_norm(vector) for vector in vectors])
+            norms[0] += torch.tensor([l1_norm(vector) for vector in piece.task_vectors()], dtype=torch.float64)
+            norms[1] += torch.tensor([l1_norm(vector) for vector in vectors], dtype=torch.float64)
             if keeps:
                 sparsity.vectors[piece.offset] = vectors
         sparsity.factors = (norms[0] / norms[1]).masked_fill_(norms[1] == 0, 1.0).tolist()

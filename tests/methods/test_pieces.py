@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_merge import (
     BreadcrumbsConfig,
@@ -16,6 +18,7 @@ from hf_merge import (
     LinearConfig,
     LocalizeAndStitchConfig,
     MagMaxConfig,
+    Merger,
     ModelStockConfig,
     NearSwapConfig,
     PassthroughConfig,
@@ -26,6 +29,7 @@ from hf_merge import (
     WiseFtConfig,
 )
 from hf_merge.engines.pieces import all_finite, one_thread, squared_norm
+from hf_merge.errors import NonFiniteError
 from hf_merge.methods import groups
 from hf_merge.methods.base import ElementwiseMethod, ParameterKind
 from hf_merge.registry import available_merge_methods, get_merge_method
@@ -118,6 +122,98 @@ def test_what_is_not_finite_is_found(bad: float, dtype: torch.dtype):
 def test_norms_of_pieces_add_up():
     values = torch.randn(3, 100_000, generator=torch.Generator().manual_seed(0))
     assert squared_norm(values) == pytest.approx(values.double().square().sum().item(), rel=1e-6)
+
+
+def merged_norm(base: list[float], vectors: list[list[float]], dtype: str) -> torch.Tensor:
+    """The final norm's weight of Llamas merged by TIES."""
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+
+    def model(values: torch.Tensor) -> LlamaForCausalLM:
+        made = LlamaForCausalLM(config)
+        made.load_state_dict(start | {"model.norm.weight": values})
+        return made
+
+    start = LlamaForCausalLM(config).state_dict()
+    origin = torch.tensor(base + [0.0] * (8 - len(base)))
+    experts = [origin + torch.tensor(one + [0.0] * (8 - len(one))) for one in vectors]
+    merger = Merger.from_pretrained(
+        {f"e{index}": model(one) for index, one in enumerate(experts)},
+        TiesConfig(density=1.0),
+        base_model=model(origin),
+        dtype=dtype,
+    )
+    return merger.merge().model.norm.weight.detach()
+
+
+def test_a_corrected_entry_that_is_too_large_is_noticed():
+    with pytest.raises(NonFiniteError, match="too large for float16"):
+        merged_norm(
+            [0, 0, 0, 30000.0, -60000.0], [[-1, -1, -1, 30000.0, 10000.0], [-1, -1, -1, -30000.0, -10000.0]], "float16"
+        )
+
+
+def test_an_entry_that_was_too_large_until_it_was_corrected_is_no_error():
+    found = merged_norm([0, 0, 0, 60000.0], [[-1, -1, -1, 10000.0], [-1, -1, -1, -10000.0]], "float16")
+    assert torch.equal(found[:4], torch.tensor([-1.0, -1.0, -1.0, 50000.0], dtype=torch.float16))
+
+
+def test_an_expert_of_nan_is_named():
+    with pytest.raises(NonFiniteError, match=r"e1.*holds NaN"):
+        merged_norm([1.0] * 8, [[1.0] * 8, [math.nan] * 8], "float32")
+
+
+def test_small_densities_of_della_are_finite():
+    base, experts = random_models((8, 64), 2)
+    assert torch.isfinite(merge(DellaConfig(density=0.05), base, experts)).all()
+
+
+def test_norms_are_summed_in_float64_whatever_the_default_dtype():
+    base, experts = random_models((512, 600), 2)
+    expected = merge(DareConfig(rescale="norm"), base, experts)
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert torch.equal(merge(DareConfig(rescale="norm"), base, experts), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_model_stock_of_tiny_task_vectors():
+    experts = [torch.tensor([1e-24, 0.0]), torch.tensor([1e-24, 1e-25])]
+    torch.testing.assert_close(
+        merge(ModelStockConfig(), torch.zeros(2), experts) * 1e24,
+        merge(ModelStockConfig(), torch.zeros(2), [one * 1e24 for one in experts]),
+    )
+
+
+def test_threads_that_overlap_leave_the_number_of_threads_as_it_was():
+    threads, found = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with one_thread():
+            inside.set()
+            go_on.wait()
+
+    other = threading.Thread(target=first)
+    other.start()
+    inside.wait()
+    with one_thread():
+        go_on.set()
+        other.join()
+    later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    found.append(torch.get_num_threads())
+    torch.set_num_threads(threads)
+    assert found == [3, 3]
 
 
 def test_one_thread_leaves_the_number_of_threads_as_it_was():

@@ -27,7 +27,7 @@ class Della(SparseMethod):
 
     def foresee(self, piece: TensorGroup, prepared: Sparsity) -> list[tuple[Tensor, np.ndarray]] | None:
         """The order of every row, and random numbers."""
-        if piece.offset in prepared.vectors:
+        if piece.offset in prepared.vectors or piece.shape.numel() == 0:
             return None
         return [self._order_and_draws(piece, index, width) for index, width in enumerate(prepared.marks)]
 
@@ -49,7 +49,8 @@ class Della(SparseMethod):
         shifted = torch.from_numpy(draws.view(np.int32) ^ np.int32(-(2**31))).to(order.device).view(rows.shape)
         masked(rows, shifted < _in_order(bounds, order))
         if piece.settings.rescale == "probability":
-            rows.mul_(_in_order(keep.reciprocal().to(rows.dtype), order))
+            factors = keep.reciprocal().masked_fill_(keep == 0, 0.0)  # those are never kept
+            rows.mul_(_in_order(factors.to(rows.dtype), order))
         return from_piece_rows(rows, vector, piece.kind)
 
 

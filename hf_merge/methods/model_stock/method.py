@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..base import ElementwiseMethod, TensorGroup
 from ..rows import from_piece_rows, piece_rows, row_length, row_unit
 from ..spherical import gram_matrix, row_norms
+
+
+_SMALLEST = 1e-25  # squared norms below are inexact in float32
 
 
 class ModelStock(ElementwiseMethod):
@@ -25,6 +30,8 @@ class ModelStock(ElementwiseMethod):
         if group.settings.filter_wise:
             return row_length(group.shape, group.kind)
         gram = sum(gram_matrix(piece.task_vector, len(piece), precise=False) for piece in group.pieces())
+        if not _SMALLEST < float(gram.diagonal().min()) <= float(gram.diagonal().max()) < math.inf:
+            gram = sum(gram_matrix(piece.task_vector, len(piece)) for piece in group.pieces())
         norms = gram.diagonal().sqrt()
         units = norms.masked_fill(norms == 0, 1.0).reciprocal_()
         ratio = float(interpolation_ratio(units @ gram @ units, torch.count_nonzero(norms), len(group)))
