@@ -43,7 +43,7 @@ _EXPORTS = {
     "evaluation.report": ["write_report"],
     "engines.estimate": ["Estimate"],
     "engines.plan": ["MergePlan"],
-    "engines.streaming": ["MergeReport"],
+    "engines.report": ["MergeReport"],
     "data.augmentations": ["Chain", "Mixup", "RandomShift"],
     "merger": ["Merger"],
     "training.arguments": ["ProDistillArguments"],

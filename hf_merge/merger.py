@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +17,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .checkpoints.conversion import SaveGroup, plan_saving
-from .checkpoints.folder import OutputFolder, check_output, work_folder_of
-from .checkpoints.layout import plan_layout
-from .checkpoints.shards import ShardWriter
+from .checkpoints.folder import check_output, work_folder_of
 from .checkpoints.source import ModelSource
 from .config import MergeConfig
 from .data.calibration import CalibrationData
-from .engines.adapter_output import AdapterSink, checkpoint_layout, needs_base_values, seal_adapter
+from .engines.adapter_output import needs_base_values
 from .engines.aligned import align_experts
 from .engines.choice import (
     Engine,
@@ -35,17 +31,17 @@ from .engines.choice import (
     is_divisible,
     plan_merge,
 )
-from .engines.division import run_part, shared_output
 from .engines.estimate import Estimate
 from .engines.estimate_blocks import Samples
-from .engines.identity import fingerprint
 from .engines.lazy import LazyModel, lazy_merge
 from .engines.opening import Opening
 from .engines.placement import Placement
 from .engines.plan import MergePlan
 from .engines.ranks import Ranks, all_ranks
-from .engines.sealing import head_tensors, processor_notes, result_config, result_dtype, seal
-from .engines.streaming import MergeReport, StateDictSink, StreamingEngine, on_disk
+from .engines.report import MergeReport
+from .engines.saving import save_merge, save_model
+from .engines.sealing import head_tensors, processor_notes, result_config, result_dtype
+from .engines.streaming import StateDictSink, StreamingEngine
 from .errors import ConfigError, PlanError, suggest
 from .hub import HubMixin, upload_folder
 from .modeling.assembly import assemble, transfer_backbone
@@ -239,9 +235,8 @@ class Merger(HubMixin):
                 "hf_merge.peft.add_merged_adapter adds it to a model in memory."
             )
         plan, engine = self._prepare(None, data, callbacks, args)
-        groups = [SaveGroup([name], {name: info}, True) for name, info in plan.outputs.items()]
         sink = StateDictSink()
-        self.report = engine.run(groups, sink)
+        self.report = engine.run(plan.groups, sink)
         generation_config = plan.target.generation_config
         self.model = assemble(
             plan.target.model_class, result_config(plan), sink.tensors, result_dtype(plan), generation_config
@@ -401,47 +396,10 @@ class Merger(HubMixin):
         if self.model is not None:
             if data is not None:
                 raise ConfigError("The models are merged already, the samples would not be used: leave 'data' out.")
-            plan, engine = self.check(checked), None
+            save_model(self.check(checked), self.model, self.report, folder, max_shard_size)
         else:
             plan, engine = self._prepare(checked, data, callbacks, args)
-        if plan.adapter is not None:
-            self._save_adapter(engine, folder)
-        else:
-            self._save_model(ranks, plan, engine, folder, max_shard_size)
-
-    def _save_adapter(self, engine: Engine, folder: Path) -> None:
-        plan = self.plan
-        layout = checkpoint_layout(plan.adapter)
-        groups = [SaveGroup([name], {name: info}, True) for name, info in plan.outputs.items()]
-        with OutputFolder(folder, layout, fingerprint(plan, layout, engine.identity)) as output:
-            sink = AdapterSink(plan, output.write, output.wants)
-            self.report = engine.run(groups, sink)
-            sink.finish(self.report)
-            seal_adapter(plan, output, self.report)
-
-    def _save_model(
-        self, ranks: Ranks, plan: MergePlan, engine: Engine | None, folder: Path, max_shard_size: int | str
-    ) -> None:
-        target = plan.target
-        groups = plan_saving(target.converter, target.layout, plan.outputs)
-        layout = plan_layout({key: info for group in groups for key, info in group.disk.items()}, max_shard_size)
-        identity = engine.identity if engine is not None else str(uuid.uuid4())
-        with shared_output(ranks, folder, plan, layout, identity) as output:
-            if engine is None:
-                self._write_model(groups, output)
-            elif ranks.size == 1:
-                self.report = engine.run(groups, output)
-            else:
-                self.report = run_part(ranks, engine, groups, output)
-            if ranks.is_first:
-                seal(plan, output, self.report)
-
-    def _write_model(self, groups: Sequence[SaveGroup], output: ShardWriter) -> None:
-        state = self.model.state_dict()
-        for group in groups:
-            merged = {name: state[name].to("cpu", self.plan.outputs[name].dtype) for name in group.names}
-            for key, tensor in on_disk(self.plan, group, merged).items():
-                output.write(key, tensor)
+            self.report = save_merge(ranks, plan, engine, folder, max_shard_size)
 
 
 _ARGUMENTS = (

@@ -13,7 +13,7 @@ from .checkpoints.conversion import SaveGroup
 from .config import MergeConfig
 from .engines.adapter_output import AdapterSink
 from .engines.choice import choose_engine
-from .engines.streaming import MergeReport
+from .engines.report import MergeReport
 from .errors import ConfigError, PlanError, suggest
 from .merger import Merger
 from .registry import get_merge_method

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -55,8 +54,7 @@ def merge(folder: Path, method: str) -> None:
     merger.save_pretrained(folder / "merged", max_shard_size="500MB")
     seconds = time.perf_counter() - start
     shutil.rmtree(folder / "merged")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({"expected": expected, "peak": peak, "seconds": seconds}))
+    print(json.dumps({"expected": expected, "peak": merger.report.peak_memory_bytes, "seconds": seconds}))
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -29,14 +28,10 @@ from transformers import AutoModelForImageClassification, LlamaConfig, LlamaForC
 from transformers.utils import logging
 
 from hf_merge import Merger, ProDistillArguments, ProDistillConfig
+from hf_merge.engines.report import peak_memory_bytes
 
 
 SEED = 0
-
-
-def peak_bytes() -> int:
-    """The largest resident size that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def tasks_of(data: Path) -> list[str]:
@@ -132,9 +127,9 @@ SIDES: dict[str, Side] = {
 def run_side(name: str, data: Path, epochs: int, samples: int, batch: int) -> None:
     """Prints seconds and bytes above the state before; a short run first, so that what is loaded once does not count."""
     SIDES[name](data, 1, 4, batch)
-    before, start = peak_bytes(), time.process_time()
+    before, start = peak_memory_bytes(), time.process_time()
     SIDES[name](data, epochs, samples, batch)
-    print(json.dumps({"seconds": time.process_time() - start, "bytes": peak_bytes() - before}))
+    print(json.dumps({"seconds": time.process_time() - start, "bytes": peak_memory_bytes() - before}))
 
 
 def compare_loop(data: Path, epochs: int, samples: int, batch: int) -> None:
@@ -188,7 +183,7 @@ def merge_llama(folder: Path) -> None:
     merger.save_pretrained(folder / "merged", data={"a": rows, "b": rows}, max_shard_size="500MB", args=arguments)
     stored = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "bytes": peak_bytes(), "float32": 3 * 2 * stored}))
+    print(json.dumps({"seconds": seconds, "bytes": peak_memory_bytes(), "float32": 3 * 2 * stored}))
 
 
 def compare_memory(models: Path, layers: list[int]) -> None:

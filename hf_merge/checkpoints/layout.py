@@ -105,7 +105,7 @@ class CheckpointLayout:
             return None
         infos = [info for shard in self.shards for info in shard.infos.values()]
         metadata = {
-            "total_parameters": sum(info.nbytes // info.dtype.itemsize for info in infos),
+            "total_parameters": sum(info.numel for info in infos),
             "total_size": sum(info.nbytes for info in infos),
         }
         return {

@@ -57,11 +57,12 @@ class TensorInfo:
     dtype: torch.dtype
 
     @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        count = self.dtype.itemsize
-        for size in self.shape:
-            count *= size
-        return count
+        return self.numel * self.dtype.itemsize
 
 
 class Storage:

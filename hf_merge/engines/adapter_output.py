@@ -29,9 +29,9 @@ from ..methods.base import TensorMethod
 from ..registry import get_merge_method
 from .adapters import merges_changes
 from .plan import MergePlan, PlannedParameter
+from .report import MergeReport
 from .retokenized import RetokenizedSource
 from .sealing import HEADS_FOLDER, head_tensors, write_records
-from .streaming import MergeReport
 
 
 _STACKED = (ParameterKind.EXPERT_LINEAR, ParameterKind.TRANSPOSED_EXPERT_LINEAR)

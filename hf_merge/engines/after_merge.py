@@ -17,7 +17,8 @@ from .calibrated import task_model
 from .options import EngineOptions
 from .placement import Placement
 from .plan import MergePlan
-from .streaming import MergeReport, Sink, StateDictSink, on_disk, peak_memory_bytes
+from .report import MergeReport, peak_memory_bytes
+from .streaming import Sink, StateDictSink, on_disk
 from .task_models import LoadedModels, MergedValues, as_parameter, parameter_names
 
 
@@ -70,8 +71,7 @@ class AfterMergeEngine:
             sink ([`Sink`]): Where the tensors go.
         """
         merged = StateDictSink()
-        each = [SaveGroup([name], {name: info}, True) for name, info in self.plan.outputs.items()]
-        self.report = self.inner.run(each, merged)
+        self.report = self.inner.run(self.plan.groups, merged)
         self.add(merged.tensors)
         for group in groups:
             if sink.wants(list(group.disk)):
@@ -83,7 +83,7 @@ class AfterMergeEngine:
 
     def add(self, merged: dict[str, Tensor]) -> None:
         """Adds to the merged parameters, which are by module name, in their output dtype, on the CPU."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement add")
 
     @property
     def monitor(self) -> BlockMonitor:

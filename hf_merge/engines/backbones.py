@@ -30,7 +30,8 @@ from .calibrated import task_model
 from .options import EngineOptions
 from .placement import Placement
 from .plan import MergePlan
-from .streaming import MergeReport, Sink, on_disk, peak_memory_bytes
+from .report import MergeReport, peak_memory_bytes
+from .streaming import Sink, on_disk
 from .task_models import build_model, expert_values
 
 

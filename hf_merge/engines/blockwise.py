@@ -37,7 +37,8 @@ from .head_fitting import HeadFitter, LazyParameters, with_fitted_head
 from .options import EngineOptions
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
-from .streaming import MergeReport, Sink, StreamingEngine, on_disk, peak_memory_bytes
+from .report import MergeReport, peak_memory_bytes
+from .streaming import Sink, StreamingEngine, on_disk
 
 
 class BlockwiseEngine:

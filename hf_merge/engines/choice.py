@@ -34,7 +34,8 @@ from .options import EngineOptions
 from .placement import Placement
 from .plan import MergePlan
 from .planning import build_plan
-from .streaming import MergeReport, Sink
+from .report import MergeReport
+from .streaming import Sink
 from .surgery import SurgeryEngine, plan_surgery
 from .timing import merge_seconds
 from .twin import TwinEngine, plan_twin

@@ -19,7 +19,8 @@ from .ranks import Ranks
 
 
 if TYPE_CHECKING:
-    from .streaming import MergeReport, StreamingEngine
+    from .report import MergeReport
+    from .streaming import StreamingEngine
 
 
 logger = logging.getLogger(__name__)

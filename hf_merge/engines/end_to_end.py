@@ -31,7 +31,8 @@ from .options import EngineOptions
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
 from .planning import build_plan
-from .streaming import MergeReport, Sink, StateDictSink, StreamingEngine, on_disk, peak_memory_bytes
+from .report import MergeReport, peak_memory_bytes
+from .streaming import Sink, StateDictSink, StreamingEngine, on_disk
 from .task_models import LazyTensors, LoadedModels, MergedValues, as_parameter, build_model, parameter_names
 
 
@@ -116,9 +117,8 @@ class EndToEndEngine:
         start.dtype = "float32"
         plan = build_plan(start, self.plan.experts, self.plan.base).check()
         options = replace(self.options, work_dir=None, monitor=BlockMonitor())
-        groups = [SaveGroup([name], {name: info}, True) for name, info in plan.outputs.items()]
         sink = StateDictSink()
-        report = BlockwiseEngine(plan, self._placement, self._data, options).run(groups, sink)
+        report = BlockwiseEngine(plan, self._placement, self._data, options).run(plan.groups, sink)
         self.report.blocks.update(report.blocks)
         return {
             parameter.name: sink.tensors[parameter.name]

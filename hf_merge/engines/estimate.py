@@ -21,7 +21,8 @@ from ..methods.groups import LARGE_PIECE
 from ..registry import get_merge_method
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
-from .streaming import READ_AHEAD, peak_memory_bytes
+from .report import peak_memory_bytes
+from .streaming import READ_AHEAD
 
 
 @dataclass
@@ -146,13 +147,9 @@ def working_memory(plan: MergePlan, parameter: PlannedParameter, on_cpu: bool = 
         method = get_merge_method(settings.merge_type).method_cls
         one = method.working_memory(parameter.kind, parameter.info.shape, experts, settings)
         if not on_cpu and issubclass(method, ElementwiseMethod):
-            one += FLOAT32 * min(_entries(parameter), LARGE_PIECE) * (experts + 6)
+            one += FLOAT32 * min(parameter.info.numel, LARGE_PIECE) * (experts + 6)
         held = max(held, one)
-    return held + (2 * FLOAT32 * _entries(parameter) if parameter.then else 0)
-
-
-def _entries(parameter: PlannedParameter) -> int:
-    return parameter.info.nbytes // parameter.info.dtype.itemsize
+    return held + (2 * FLOAT32 * parameter.info.numel if parameter.then else 0)
 
 
 def streaming_memory(plan: MergePlan, placement: Placement, groups: Sequence[SaveGroup]) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -75,9 +74,9 @@ def blockwise_memory(
     running = _outside_of_runs(plan, outside)
     cached = activations(plan, samples, options)
     kept = sum(parameter.info.nbytes for parameter in running) + cached - _cached_on_disk(cached, options)
-    advance = FLOAT32 * sum(map(_entries, running)) + max((p.info.nbytes for p in running), default=0)
+    advance = FLOAT32 * sum(p.info.numel for p in running) + max((p.info.nbytes for p in running), default=0)
     train = max((block_memory(plan, block, samples, options) for block in blocks.values()), default=0)
-    write = max((loaded_bytes(plan, p) + p.info.nbytes + FLOAT32 * _entries(p) for p in plan.parameters), default=0)
+    write = max((loaded_bytes(plan, p) + p.info.nbytes + FLOAT32 * p.info.numel for p in plan.parameters), default=0)
     device = placement.device_of("")
     if device.type == "cpu":
         return {"cpu": process_memory() + kept + max(advance, train, write)}
@@ -114,7 +113,7 @@ def block_memory(
     shapes = {parameter.name: parameter.info.shape for parameter in merged}
     held = method.working_memory(shapes, len(plan.experts), plan.config)
     tokens = min(plan.config.batch_size, samples.count) * samples.tokens
-    entries = sum(map(_entries, parameters))
+    entries = sum(p.info.numel for p in parameters)
     casts = 2 * entries if options.bf16 else 0
     return FLOAT32 * entries + base + held + casts + _saved_by_autograd(merged, tokens)
 
@@ -140,7 +139,3 @@ def _outside_of_runs(plan: MergePlan, outside: Sequence[PlannedParameter]) -> li
     head = output_embeddings(shell)
     owners: Mapping[str, object] = dict(shell.named_modules())
     return [p for p in outside if head is None or owners[p.name.rpartition(".")[0]] is not head]
-
-
-def _entries(parameter: PlannedParameter) -> int:
-    return math.prod(parameter.info.shape)

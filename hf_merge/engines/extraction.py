@@ -22,7 +22,8 @@ from .adapter_output import AdapterSink, checkpoint_layout, matrix_of, result_la
 from .choice import plan_merge
 from .opening import Opening
 from .plan import MergePlan, PlannedParameter
-from .streaming import MergeReport, progress
+from .report import MergeReport
+from .streaming import progress
 
 
 _OVERSAMPLING = 8

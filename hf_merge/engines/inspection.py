@@ -152,7 +152,7 @@ def _cosines(products: list[list[float]], norms: list[float]) -> list[list[float
 
 
 def _describe(source: ModelSource) -> dict[str, Any]:
-    counts = [info.nbytes // info.dtype.itemsize for info in source.parameters.values()]
+    counts = [info.numel for info in source.parameters.values()]
     return {
         "name": source.name,
         "model": source.reference.model,

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..checkpoints.conversion import SaveGroup
 from ..checkpoints.source import ModelSource
 from ..checkpoints.storage import TensorInfo
 from ..config import MergeConfig
@@ -122,6 +123,11 @@ class MergePlan:
     def outputs(self) -> dict[str, TensorInfo]:
         """Shape and dtype of every parameter of the result."""
         return {parameter.name: parameter.info for parameter in self.parameters}
+
+    @property
+    def groups(self) -> list[SaveGroup]:
+        """The parameters one by one under their module names, for results that stay in memory."""
+        return [SaveGroup([name], {name: info}, True) for name, info in self.outputs.items()]
 
     @property
     def nbytes(self) -> int:

@@ -30,7 +30,8 @@ from ..config import CONFIG_NAME, MergeConfig
 from ..errors import ConfigError
 from ..hub import HEADS_FOLDER
 from .plan import MergePlan
-from .streaming import MergeReport, checked
+from .report import MergeReport
+from .streaming import checked
 from .vocabulary import UNION
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +31,7 @@ from .pieces import all_finite, one_thread, squared_norm
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
 from .ranks import Ranks
+from .report import MergeReport, peak_memory_bytes
 
 
 logger = logging.getLogger(__name__)
@@ -61,36 +61,6 @@ class StateDictSink:
 
     def write(self, key: str, tensor: Tensor) -> None:
         self.tensors[key] = tensor
-
-
-@dataclass
-class MergeReport:
-    """What happened: one row per parameter, and the run as a whole.
-
-    **Attributes**:
-        - **parameters** (`dict[str, dict]`) -- Per parameter: kind, action, method, norms, and what the method reports.
-        - **seconds** (`dict[str, float]`) -- Wall time by phase.
-        - **peak_memory_bytes** (`int`) -- The largest resident set of the process so far; the largest of all ranks.
-        - **blocks** (`dict[str, dict]`) -- Per block, for methods that need data: losses and steps.
-        - **heads** (`dict[str, dict]`) -- Per task whose head was fitted or whose features are corrected: which layers, and to how
-          many samples.
-        - **ranks** (`list[dict]`) -- Of a merge on several ranks, for each of them: how many parameters it merged, its seconds and
-          its peak memory.
-        - **dropped** (`list[dict]`), **notes** (`list[str]`) -- As planned.
-    """
-
-    parameters: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory_bytes: int = 0
-    blocks: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
-    heads: dict[str, dict[str, Any]] = field(default_factory=dict)
-    ranks: list[dict[str, Any]] = field(default_factory=list)
-    dropped: list[dict[str, str]] = field(default_factory=list, repr=False)
-    notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready data."""
-        return dict(vars(self))
 
 
 @dataclass
@@ -407,13 +377,3 @@ def progress(total: int, phase: str) -> tqdm:
     """A progress bar in bytes, hidden when transformers' progress bars are."""
     hidden = not transformers_logging.is_progress_bar_enabled()
     return tqdm(total=total, desc=phase, unit="B", unit_scale=True, disable=hidden or None)
-
-
-def peak_memory_bytes() -> int:
-    """The peak resident set of this process; 0 where the system does not tell (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -47,7 +47,9 @@ class SurgeryEngine(AfterMergeEngine):
             with models.expert(task) as model:
                 layers, expert = self._features(models, model, task, list(head.names))
             found, features = self._features(models, models.student(task), task, layers)
-            group = FeatureGroup(source.name, features, expert, config, monitor, self.seed)
+            group = FeatureGroup(
+                task=source.name, merged=features, expert=expert, settings=config, monitor=monitor, seed=self.seed
+            )
             factors = self.method.correct(group)
             self._check(source.name, factors)
             head.surgery = HeadSurgery(found, Factors(factors.left.cpu(), factors.right.cpu()))

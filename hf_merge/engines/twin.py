@@ -156,16 +156,5 @@ class _Always(nn.Module):
         return self.weights.expand(len(features), -1)
 
 
-class _Always(nn.Module):
-    """A router that sends everything to one task."""
-
-    def __init__(self, task: int, count: int):
-        super().__init__()
-        self.register_buffer("weights", nn.functional.one_hot(torch.tensor(task), count).float())
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.weights.expand(len(features), -1)
-
-
 def _as_float(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value

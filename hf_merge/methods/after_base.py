@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +21,67 @@ from .block_base import BlockMonitor
 from .groups import keyed_generator
 
 
-@dataclass
-class FeatureGroup:
+@dataclass(kw_only=True)
+class TrainingGroup:
+    """What any training on rows of features is given.
+
+    Args:
+        settings ([`MergeConfig`]): The recipe, with `epochs`, `batch_size` and `learning_rate`.
+        monitor ([`BlockMonitor`]): Is told about training.
+        seed (`int`): Of the order of the rows and of random starts.
+        report (`dict`): What the method wants to say.
+    """
+
+    settings: Any
+    monitor: BlockMonitor = field(default_factory=BlockMonitor)
+    seed: int = 0
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What is trained, for the monitor and the random numbers."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement name")
+
+    def random(self, purpose: str) -> np.random.Generator:
+        """A counter-based generator keyed by (seed, name, purpose)."""
+        return keyed_generator(self.seed, self.name, purpose)
+
+    def train(self, module: nn.Module, count: int, loss_of: Callable[[Tensor], Tensor]) -> list[float]:
+        """Minimises a loss by Adam over batches of rows in random order. Returns the mean loss of every epoch.
+
+        Args:
+            module (`torch.nn.Module`): Its parameters are trained.
+            count (`int`): The number of rows.
+            loss_of (`Callable`): The loss of rows, given by their places (int64).
+        """
+        settings, monitor, parameters = self.settings, self.monitor, list(module.parameters())
+        optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
+        order, steps = self.random("order"), math.ceil(count / settings.batch_size)
+        monitor.begin_block(self.name, module, optimizer, settings.epochs, steps)
+        losses: list[float] = []
+        for _ in range(settings.epochs):
+            monitor.begin_epoch()
+            total, rows = 0.0, torch.from_numpy(order.permutation(count)).to(parameters[0].device)
+            for batch in rows.split(settings.batch_size):
+                monitor.begin_step()
+                loss = loss_of(batch)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                value = float(loss.detach())
+                total += value * len(batch)
+                if monitor.end_step(value, settings.learning_rate):
+                    break
+            losses.append(total / count)
+            if monitor.end_epoch(losses[-1]):
+                break
+        monitor.end_block()
+        self.report["epochs"] = len(losses)
+        return losses
+
+
+@dataclass(kw_only=True)
+class FeatureGroup(TrainingGroup):
     """The features of one task on its samples.
 
     Args:
@@ -28,23 +89,15 @@ class FeatureGroup:
         merged (`torch.Tensor`): What the merged backbone hands to the head, float32, (rows, channels): one row per sample, or per real
             token where the head reads tokens.
         expert (`torch.Tensor`): What the expert hands to it, of the same shape.
-        settings ([`MergeConfig`]): The recipe.
-        monitor ([`BlockMonitor`]): Is told about training.
-        seed (`int`): Of the order of the rows and of random starts.
-        report (`dict`): What the method wants to say about this task.
     """
 
     task: str
     merged: Tensor
     expert: Tensor
-    settings: Any
-    monitor: BlockMonitor = field(default_factory=BlockMonitor)
-    seed: int = 0
-    report: dict[str, Any] = field(default_factory=dict)
 
-    def random(self, purpose: str) -> np.random.Generator:
-        """A counter-based generator keyed by (seed, task, purpose)."""
-        return keyed_generator(self.seed, self.task, purpose)
+    @property
+    def name(self) -> str:
+        return self.task
 
 
 class AfterMergeMethod(MergeMethod):
@@ -93,31 +146,23 @@ class TaskRouter(nn.Module):
         return self.logits(features).softmax(-1)
 
 
-@dataclass
-class RoutingGroup:
+@dataclass(kw_only=True)
+class RoutingGroup(TrainingGroup):
     """What a router is trained on.
 
     Args:
         features (`torch.Tensor`): The mean last hidden state of the merged backbone, float32, (samples, channels).
         tasks (`torch.Tensor`): Which task a sample is of, int64, (samples,).
         count (`int`): How many tasks there are.
-        settings ([`MergeConfig`]): The recipe.
-        monitor ([`BlockMonitor`]): Is told about training.
-        seed (`int`): Of the order of the samples and of random starts.
-        report (`dict`): What the method wants to say.
     """
 
     features: Tensor
     tasks: Tensor
     count: int
-    settings: Any
-    monitor: BlockMonitor = field(default_factory=BlockMonitor)
-    seed: int = 0
-    report: dict[str, Any] = field(default_factory=dict)
 
-    def random(self, purpose: str) -> np.random.Generator:
-        """A counter-based generator keyed by (seed, purpose)."""
-        return keyed_generator(self.seed, "router", purpose)
+    @property
+    def name(self) -> str:
+        return "router"
 
 
 class ExclusiveMethod(AfterMergeMethod):

@@ -233,21 +233,17 @@ def test_planning_is_linear_in_the_number_of_tensors(tmp_path: Path) -> None:
 
 PEAK = """
     import json, sys
-    from pathlib import Path
     from hf_merge import Merger
+    from hf_merge.engines.report import peak_memory_bytes
     from hf_merge.registry import get_merge_method
-
-    def peak():  # ru_maxrss would begin with that of the process that started this one
-        line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
 
     folder, method = sys.argv[1:]
     config = get_merge_method(method).config_cls()
     merger = Merger.from_pretrained([f"{folder}/a", f"{folder}/b"], config, base_model=f"{folder}/base")
     expected = merger.check().estimate.memory["cpu"]
-    before = peak()
+    before = peak_memory_bytes()
     merger.save_pretrained(f"{folder}/{method}")
-    print(json.dumps([expected, before, peak()]))
+    print(json.dumps([expected, before, peak_memory_bytes()]))
 """
 
 

@@ -267,7 +267,7 @@ class Watch:
             path = os.path.abspath(os.fsdecode(arguments[0]))
             inside = path.startswith(self.folder + os.sep) or path == self.folder
             code = path.startswith(_LIBRARIES) or path.startswith(os.path.join(_OWN, "hf_merge"))
-            if not inside and not code and path != "/proc/self/statm":  # the memory of this process
+            if not inside and not code and not path.startswith("/proc/self/stat"):  # the memory of this process
                 self.seen.append(f"open {path}")
 
     @contextmanager

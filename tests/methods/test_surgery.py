@@ -38,7 +38,7 @@ CONFIG = SurgeryConfig(init="task_arithmetic", rank=3, epochs=30, batch_size=4, 
 def group(settings: SurgeryConfig, rows: int = 10, width: int = 6) -> FeatureGroup:
     generator = torch.Generator().manual_seed(0)
     merged, expert = (torch.randn(rows, width, generator=generator) for _ in range(2))
-    return FeatureGroup("spam", merged, expert, settings, seed=settings.seed)
+    return FeatureGroup(task="spam", merged=merged, expert=expert, settings=settings, seed=settings.seed)
 
 
 def test_equals_literal_loop() -> None:

@@ -41,7 +41,9 @@ def clusters(rows: int = 12, width: int = 5, tasks: int = 3, **settings) -> Rout
     labels = torch.arange(rows) % tasks
     centres = 4 * torch.randn(tasks, width, generator=generator)
     features = centres[labels] + torch.randn(rows, width, generator=generator)
-    return RoutingGroup(features, labels, tasks, TwinConfig(router_width=7, batch_size=5, **settings))
+    return RoutingGroup(
+        features=features, tasks=labels, count=tasks, settings=TwinConfig(router_width=7, batch_size=5, **settings)
+    )
 
 
 # -- the formulas -----------------------------------------------------------------------------------------------------

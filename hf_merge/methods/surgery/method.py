@@ -22,39 +22,19 @@ class Surgery(FeatureMethod):
         settings, width = group.settings, group.merged.shape[1]
         bound = 1 / math.sqrt(width)
         start = group.random("start").uniform(-bound, bound, (settings.rank, width)).astype(np.float32)
-        down = torch.from_numpy(start).to(group.merged.device).requires_grad_()
-        up = torch.zeros(width, settings.rank, device=down.device, requires_grad=True)
+        down = torch.nn.Parameter(torch.from_numpy(start).to(group.merged.device))
+        up = torch.nn.Parameter(torch.zeros(width, settings.rank, device=down.device))
         with torch.enable_grad():
-            self._train(group, up, down)
-        return Factors(up.detach(), down.detach())
-
-    def _train(self, group: FeatureGroup, up: Tensor, down: Tensor) -> None:
-        settings, monitor, count = group.settings, group.monitor, len(group.merged)
-        optimizer = torch.optim.Adam([up, down], lr=settings.learning_rate)
-        order, steps = group.random("order"), math.ceil(count / settings.batch_size)
-        module = torch.nn.ParameterList([up, down])
-        monitor.begin_block(group.task, module, optimizer, settings.epochs, steps)
-        losses: list[float] = []
-        for _ in range(settings.epochs):
-            monitor.begin_epoch()
-            total, rows = 0.0, torch.from_numpy(order.permutation(count)).to(up.device)
-            for batch in rows.split(settings.batch_size):
-                monitor.begin_step()
-                loss = l1_distance(group.merged[batch], group.expert[batch], up, down)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                total += float(loss.detach()) * len(batch)
-                if monitor.end_step(float(loss.detach()), settings.learning_rate):
-                    break
-            losses.append(total / count)
-            if monitor.end_epoch(losses[-1]):
-                break
-        monitor.end_block()
+            group.train(
+                torch.nn.ParameterList([up, down]),
+                len(group.merged),
+                lambda rows: l1_distance(group.merged[rows], group.expert[rows], up, down),
+            )
         with torch.no_grad():
             before = float((group.merged - group.expert).abs().mean())
             after = float(l1_distance(group.merged, group.expert, up, down))
-        group.report.update(distance_before=before, distance_after=after, epochs=len(losses))
+        group.report.update(distance_before=before, distance_after=after)
+        return Factors(up.detach(), down.detach())
 
 
 def l1_distance(merged: Tensor, expert: Tensor, up: Tensor, down: Tensor) -> Tensor:

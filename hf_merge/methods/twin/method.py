@@ -37,33 +37,12 @@ class Twin(ExclusiveMethod):
                 drawn = generator.uniform(-bound, bound, tuple(parameter.shape))
                 parameter.data.copy_(torch.from_numpy(drawn))
         with torch.enable_grad():
-            self._train(group, router)
-        return router.requires_grad_(False).eval()
-
-    def _train(self, group: RoutingGroup, router: TaskRouter) -> None:
-        settings, monitor, count = group.settings, group.monitor, len(group.features)
-        optimizer = torch.optim.Adam(router.parameters(), lr=settings.learning_rate)
-        order = group.random("order")
-        monitor.begin_block("router", router, optimizer, settings.epochs, math.ceil(count / settings.batch_size))
-        losses: list[float] = []
-        for _ in range(settings.epochs):
-            monitor.begin_epoch()
-            total, rows = 0.0, torch.from_numpy(order.permutation(count)).to(group.tasks.device)
-            for batch in rows.split(settings.batch_size):
-                monitor.begin_step()
-                loss = nn.functional.cross_entropy(router.logits(group.features[batch]), group.tasks[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                total += float(loss.detach()) * len(batch)
-                if monitor.end_step(float(loss.detach()), settings.learning_rate):
-                    break
-            losses.append(total / count)
-            if monitor.end_epoch(losses[-1]):
-                break
-        monitor.end_block()
+            losses = group.train(
+                router,
+                len(features),
+                lambda rows: nn.functional.cross_entropy(router.logits(features[rows]), group.tasks[rows]),
+            )
         with torch.no_grad():
-            hits = router(group.features).argmax(-1) == group.tasks
-        group.report.update(
-            first_loss=losses[0], last_loss=losses[-1], epochs=len(losses), accuracy=float(hits.float().mean())
-        )
+            hits = router(features).argmax(-1) == group.tasks
+        group.report.update(first_loss=losses[0], last_loss=losses[-1], accuracy=float(hits.float().mean()))
+        return router.requires_grad_(False).eval()

@@ -1,0 +1,77 @@
+"""From a checked plan and its engine to a folder: which files, made by whom, and sealed."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ..checkpoints.conversion import SaveGroup, plan_saving
+from ..checkpoints.folder import OutputFolder
+from ..checkpoints.layout import CheckpointLayout, plan_layout
+from .adapter_output import AdapterSink, checkpoint_layout, seal_adapter
+from .choice import Engine
+from .division import run_part, shared_output
+from .identity import fingerprint
+from .plan import MergePlan
+from .ranks import Ranks
+from .report import MergeReport
+from .sealing import seal
+from .streaming import on_disk
+
+
+def save_merge(ranks: Ranks, plan: MergePlan, engine: Engine, folder: Path, max_shard_size: int | str) -> MergeReport:
+    """Runs the engine into a folder. Inside a step of all ranks.
+
+    Args:
+        ranks ([`Ranks`]): Who merges; several only where [`is_divisible`] says so.
+        plan ([`MergePlan`]): A checked plan.
+        engine ([`Engine`]): Of the plan.
+        folder (`Path`): The folder.
+        max_shard_size (`int` or `str`): The largest weight file.
+    """
+    if plan.adapter is not None:
+        return _save_adapter(plan, engine, folder)
+    groups, layout = _files(plan, max_shard_size)
+    with shared_output(ranks, folder, plan, layout, engine.identity) as output:
+        report = engine.run(groups, output) if ranks.size == 1 else run_part(ranks, engine, groups, output)
+        if ranks.is_first:
+            seal(plan, output, report)
+    return report
+
+
+def _save_adapter(plan: MergePlan, engine: Engine, folder: Path) -> MergeReport:
+    layout = checkpoint_layout(plan.adapter)
+    with OutputFolder(folder, layout, fingerprint(plan, layout, engine.identity)) as output:
+        sink = AdapterSink(plan, output.write, output.wants)
+        report = engine.run(plan.groups, sink)
+        sink.finish(report)
+        seal_adapter(plan, output, report)
+    return report
+
+
+def save_model(
+    plan: MergePlan, model: PreTrainedModel, report: MergeReport, folder: Path, max_shard_size: int | str
+) -> None:
+    """Writes a model that was merged in memory.
+
+    Args:
+        plan, folder, max_shard_size: As in [`save_merge`].
+        model ([`~transformers.PreTrainedModel`]): The result.
+        report ([`MergeReport`]): Of its merge.
+    """
+    groups, layout = _files(plan, max_shard_size)
+    state = model.state_dict()
+    with OutputFolder(folder, layout, fingerprint(plan, layout, str(uuid.uuid4()))) as output:
+        for group in groups:
+            merged = {name: state[name].to("cpu", plan.outputs[name].dtype) for name in group.names}
+            for key, tensor in on_disk(plan, group, merged).items():
+                output.write(key, tensor)
+        seal(plan, output, report)
+
+
+def _files(plan: MergePlan, max_shard_size: int | str) -> tuple[list[SaveGroup], CheckpointLayout]:
+    """What is written together, and the weight files."""
+    groups = plan_saving(plan.target.converter, plan.target.layout, plan.outputs)
+    return groups, plan_layout({key: info for group in groups for key, info in group.disk.items()}, max_shard_size)
