@@ -74,6 +74,14 @@ def run(
     dtype: Dtype = None,
     max_shard_size: Annotated[str, typer.Option(help="The largest weight file.")] = "5GB",
     device_map: Device = None,
+    num_proc: Annotated[
+        int | None,
+        typer.Option(
+            help="How many processes merge; by default one on each processor, as far as the memory goes.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -87,7 +95,7 @@ def run(
                 lambda: open_merger(recipe, method, expert, base, settings, dtype, device_map, trust_remote_code),
                 "open the models",
             )
-            merger.save_pretrained(out, max_shard_size=max_shard_size)
+            merger.save_pretrained(out, max_shard_size=max_shard_size, num_proc=num_proc or "auto")
     except KeyboardInterrupt:
         if ranks.is_first:
             typer.echo("interrupted: run the same command again to continue", err=True)

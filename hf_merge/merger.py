@@ -329,6 +329,7 @@ class Merger(HubMixin):
         push_to_hub: bool = False,
         repo_id: str | None = None,
         distributed: bool = True,
+        num_proc: int | str | None = None,
         **kwargs,
     ) -> None:
         """Writes the merged model as a folder that `from_pretrained` loads.
@@ -348,6 +349,8 @@ class Merger(HubMixin):
             repo_id (`str`, *optional*): Where to; the folder's name by default.
             distributed (`bool`): Whether the ranks of a `torch.distributed` job do this together; `False` for a call that only one of
                 them makes.
+            num_proc (`int` or `str`, *optional*): How many processes of this machine merge, for methods that merge entry by entry, on
+                Linux, from files: forks of this one. `"auto"`: one on each processor, as far as the memory goes.
             kwargs: `commit_message`, `private`, `token`, `revision`, `create_pr` for the upload.
 
         Raises:
@@ -363,10 +366,12 @@ class Merger(HubMixin):
             known = (*_SAVE_ARGUMENTS, *_UPLOAD_ARGUMENTS)
             hint = suggest(name, known) if unknown else " It is for the upload: set push_to_hub=True."
             raise ConfigError(f"Merger.save_pretrained cannot use the argument '{name}'.{hint}")
+        if not (num_proc in (None, "auto") or type(num_proc) is int and num_proc >= 1):
+            raise ConfigError(f"num_proc must be a number of processes or 'auto', got {num_proc!r}.")
         ranks = all_ranks() if distributed else Ranks()
 
         def save(ranks: Ranks) -> MergeReport | None:
-            self._save(ranks, folder, data, callbacks, args, max_shard_size)
+            self._save(ranks, folder, data, callbacks, args, max_shard_size, num_proc)
             return self.report
 
         def save_together() -> None:
@@ -391,6 +396,7 @@ class Merger(HubMixin):
         callbacks: Sequence[Any] | None,
         args: Any,
         max_shard_size: int | str,
+        num_proc: int | str | None,
     ) -> None:
         checked = folder if ranks.is_first else None  # rank 0 makes the folder
         if self.model is not None:
@@ -399,7 +405,7 @@ class Merger(HubMixin):
             save_model(self.check(checked), self.model, self.report, folder, max_shard_size)
         else:
             plan, engine = self._prepare(checked, data, callbacks, args)
-            self.report = save_merge(ranks, plan, engine, folder, max_shard_size)
+            self.report = save_merge(ranks, plan, engine, folder, max_shard_size, num_proc)
 
 
 _ARGUMENTS = (
@@ -415,7 +421,16 @@ _ARGUMENTS = (
 )
 
 
-_SAVE_ARGUMENTS = ("data", "callbacks", "args", "max_shard_size", "push_to_hub", "repo_id", "distributed")
+_SAVE_ARGUMENTS = (
+    "data",
+    "callbacks",
+    "args",
+    "max_shard_size",
+    "push_to_hub",
+    "repo_id",
+    "distributed",
+    "num_proc",
+)
 _UPLOAD_ARGUMENTS = ("commit_message", "private", "token", "revision", "create_pr")
 
 

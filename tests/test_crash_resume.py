@@ -204,7 +204,7 @@ def test_interrupt_is_reported_without_a_traceback(bed: Bed, expected, count: in
     """Ctrl-C in the middle of the merge, after the first group of tensors; a second one does not wait for the clean-up."""
     out = bed.folder / f"interrupted{count}" / "out"
     out.parent.mkdir()
-    done = run_process([sys.executable, "-c", INTERRUPTED, str(count), *command_for(bed, out)])
+    done = run_process([sys.executable, "-c", INTERRUPTED, str(count), *command_for(bed, out), "--num-proc", "1"])
     assert done.returncode == 130, done.stderr[-1000:]
     assert "Traceback" not in done.stderr
     assert ("run the same command again" in done.stderr) == (count == 1)

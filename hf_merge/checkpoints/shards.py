@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -38,6 +39,7 @@ class ShardWriter:
         self.finished: set[str] = set()
         self._elsewhere: frozenset[str] = frozenset()
         self._open: dict[str, _ShardFile] = {}
+        self._opening = threading.Lock()
         # A process of an earlier run that is still alive must not give the name of a shard to what this one is writing.
         self._mark = secrets.token_hex(4)
 
@@ -63,22 +65,41 @@ class ShardWriter:
         Raises:
             OutputError: The disk is full or fails, or another process has stopped the merge.
         """
+        self.fill(key, tensor)
+        self.complete(key)
+
+    def fill(self, key: str, tensor: Tensor) -> None:
+        """The part of [`~ShardWriter.write`] that forks of this process may do; this one is told by [`~ShardWriter.complete`]."""
         shard = self.layout.shard_of[key]
         if not self._is_wanted(shard):
             return
         if self._elsewhere and (self.partial / _STOPPED).exists():
             raise StoppedError(f"The merge into '{self.folder}' was stopped by another process.")
         try:
-            file = self._open.get(shard.filename)
-            if file is None:
-                file = self._open[shard.filename] = _ShardFile(self.partial, shard, self._mark)
-            file.write(key, tensor)
+            self._file(shard).write(key, tensor)
+        except OSError as error:
+            raise output_error(self.folder, error) from error
+
+    def complete(self, key: str) -> None:
+        """Finishes the shard of a tensor that is in its place, if it was the last one."""
+        shard = self.layout.shard_of[key]
+        if not self._is_wanted(shard):
+            return
+        try:
+            file = self._file(shard)
+            file.missing.discard(key)
             if not file.missing:
                 file.finish()
                 self.finished.add(shard.filename)
                 del self._open[shard.filename]
         except OSError as error:
             raise output_error(self.folder, error) from error
+
+    def _file(self, shard: ShardLayout) -> _ShardFile:
+        with self._opening:
+            if shard.filename not in self._open:
+                self._open[shard.filename] = _ShardFile(self.partial, shard, self._mark)
+            return self._open[shard.filename]
 
     def close(self) -> None:
         """Closes the shards that are not complete."""
@@ -88,14 +109,16 @@ class ShardWriter:
 
 
 class _ShardFile:
-    """A safetensors file being filled in any order; its space is reserved at the start."""
+    """A safetensors file being filled in any order, maybe by several processes; its space is reserved at the start."""
 
     def __init__(self, folder: Path, shard: ShardLayout, mark: str):
         self.shard = shard
         self.path = folder / f"{shard.filename}.{mark}.writing"
         self.target = folder / shard.filename
         self.missing = set(shard.infos)
-        self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115  closed by finish() or close()
+        # Another process may have made it.
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        self._file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115  closed by finish() or close()
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self._file.fileno(), 0, shard.nbytes)
         self._write(memoryview(shard.header))
@@ -111,7 +134,6 @@ class _ShardFile:
         )
         self._file.seek(len(self.shard.header) + self.shard.offsets[key])
         self._write(data)
-        self.missing.discard(key)
 
     def _write(self, data: memoryview) -> None:
         while len(data):

@@ -188,16 +188,16 @@ class AdapterEngine(StreamingEngine):
                 "them, or the settings or the dtype are at fault."
             )
 
-    def _write(self, group: Any, merged: Any, sink: Any, bar: Any) -> None:
+    def _write(self, group: Any, merged: Any, sink: Any, tell: Any) -> None:
         if self._whole is None:
-            super()._write(group, merged, sink, bar)
+            super()._write(group, merged, sink, tell)
             return
         for name, value in merged.items():
             if name in self._whole:
                 sink.write(name, value)
             else:
                 sink.write_change(name, value)
-            bar.update(group.disk[name].nbytes)
+            tell(name)
 
 
 def tensor_engine(plan: MergePlan, placement: Placement) -> StreamingEngine:

@@ -6,11 +6,11 @@ in `estimate_blocks.py`.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ..adapters.source import AdapterSource
 from ..checkpoints.conversion import SaveGroup
@@ -19,9 +19,10 @@ from ..checkpoints.storage import StateDictStorage
 from ..methods.base import FLOAT32, ElementwiseMethod, TensorMethod
 from ..methods.groups import LARGE_PIECE
 from ..registry import get_merge_method
+from .forks import MOST_PROCESSES, processors
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
-from .report import peak_memory_bytes
+from .report import process_memory
 from .streaming import READ_AHEAD
 
 
@@ -75,15 +76,6 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{max(seconds, 1):.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def process_memory() -> int:
-    """The resident set of this process now; its peak where the system does not tell."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError):
-        return peak_memory_bytes()
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def traffic(plan: MergePlan, by_parameter: bool = True) -> Estimate:
@@ -152,36 +144,84 @@ def working_memory(plan: MergePlan, parameter: PlannedParameter, on_cpu: bool = 
     return held + (2 * FLOAT32 * parameter.info.numel if parameter.then else 0)
 
 
-def streaming_memory(plan: MergePlan, placement: Placement, groups: Sequence[SaveGroup]) -> dict[str, int]:
-    """The peak of every device over the loop of [`StreamingEngine.run`]: the group being merged, as stored and as a result, what
-    the method holds, the groups that are read ahead, and the result before, which is being written.
+def streaming_memory(
+    plan: MergePlan, placement: Placement, groups: Sequence[SaveGroup], num_proc: int = 1
+) -> dict[str, int]:
+    """The peak of every device over the loop of [`StreamingEngine.run`], of all processes together.
 
     Args:
         plan ([`MergePlan`]): A plan of data-free methods.
         placement ([`Placement`]): Where the arithmetic is done.
         groups (`Sequence[SaveGroup]`): What is written, in order.
+        num_proc (`int`): How many processes merge.
     """
-    by_name = {parameter.name: parameter for parameter in plan.parameters}
-    loaded = [sum(loaded_bytes(plan, by_name[name]) for name in group.names) for group in groups]
-    limits = [sum(by_name[name].info.nbytes for name in group.names) * len(plan.sources) for group in groups]
+    held, total = [{"cpu": 0}] * num_proc, 0
     peaks: dict[str, int] = {"cpu": 0}
-    ahead, waiting, before = 0, 0, 0  # the next group to read, the bytes counted towards READ_AHEAD, the result before
-    for index, group in enumerate(groups):
-        while ahead < len(groups) and (ahead <= index or waiting + limits[ahead] <= READ_AHEAD):
-            waiting += limits[ahead]
-            ahead += 1
-        waiting -= limits[index]
-        result = sum(by_name[name].info.nbytes for name in group.names)
-        held = sum(loaded[index:ahead]) + before + result * (1 if group.is_plain else 2)
-        for device, nbytes in _on_devices(plan, placement, [by_name[name] for name in group.names]).items():
-            peaks[device] = max(peaks.get(device, 0), nbytes + (held if device == "cpu" else 0))
-        peaks["cpu"] = max(peaks["cpu"], held)
-        before = result
+    for _, process, devices in sorted(_timeline(plan, placement, groups, num_proc), key=lambda event: event[0]):
+        total += devices["cpu"] - held[process]["cpu"]
+        held[process] = devices
+        for device, nbytes in devices.items():
+            peaks[device] = max(peaks.get(device, 0), total if device == "cpu" else nbytes)
     peaks["cpu"] += process_memory()
     return peaks
 
 
-def _on_devices(plan: MergePlan, placement: Placement, parameters: Sequence[PlannedParameter]) -> Mapping[str, int]:
+def _timeline(
+    plan: MergePlan, placement: Placement, groups: Sequence[SaveGroup], num_proc: int
+) -> Iterator[tuple[int, int, dict[str, int]]]:
+    """When a process begins with a group, counted in bytes, and what it holds until the next one: the group as stored and as a result,
+    what the method holds, the groups that are read ahead, and the result before, which is being written."""
+    by_name = {parameter.name: parameter for parameter in plan.parameters}
+    results = [sum(by_name[name].info.nbytes for name in group.names) for group in groups]
+    parts: list[list[int]] = [[] for _ in range(num_proc)]
+    clocks = [0] * num_proc
+    starts = []
+    for index, result in enumerate(results):
+        process = clocks.index(min(clocks))  # the one that asks first
+        parts[process].append(index)
+        starts.append(clocks[process])
+        clocks[process] += result
+    for process, part in enumerate(parts):
+        loaded = [sum(loaded_bytes(plan, by_name[name]) for name in groups[index].names) for index in part]
+        limits = [results[index] * len(plan.sources) for index in part]
+        ahead, waiting, before = (
+            0,
+            0,
+            0,
+        )  # the next group to read, the bytes counted towards READ_AHEAD, the result before
+        for place, index in enumerate(part):
+            while ahead < len(part) and (ahead <= place or waiting + limits[ahead] <= READ_AHEAD):
+                waiting += limits[ahead]
+                ahead += 1
+            waiting -= limits[place]
+            held = sum(loaded[place:ahead]) + before + results[index] * (1 if groups[index].is_plain else 2)
+            devices = _on_devices(plan, placement, [by_name[name] for name in groups[index].names])
+            yield starts[index], process, devices | {"cpu": held + devices.get("cpu", 0)}
+            before = results[index]
+        yield clocks[process], process, {"cpu": 0}
+
+
+def count_processes(
+    plan: MergePlan, placement: Placement, groups: Sequence[SaveGroup], num_proc: int | str | None, ranks: int = 1
+) -> int:
+    """How many processes of this machine a merge uses.
+
+    Args:
+        plan, placement, groups: As in [`streaming_memory`].
+        num_proc (`int` or `str`, *optional*): A number; `"auto"` for one on each processor, up to [`MOST_PROCESSES`] and as many as half
+            of the free memory is enough for, and one in a job of several ranks; `None` for one.
+        ranks (`int`): How many there are.
+    """
+    if num_proc != "auto":
+        return num_proc or 1
+    most = min(processors(), MOST_PROCESSES, len(groups))
+    if ranks > 1 or most < 2:
+        return 1
+    each = streaming_memory(plan, placement, groups)["cpu"] - process_memory()
+    return max(1, min(most, psutil.virtual_memory().available // 2 // max(each, 1)))
+
+
+def _on_devices(plan: MergePlan, placement: Placement, parameters: Sequence[PlannedParameter]) -> dict[str, int]:
     """What merging parameters one after another holds on each device."""
     held: dict[str, int] = {}
     for parameter in parameters:

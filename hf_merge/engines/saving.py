@@ -11,17 +11,25 @@ from ..checkpoints.conversion import SaveGroup, plan_saving
 from ..checkpoints.folder import OutputFolder
 from ..checkpoints.layout import CheckpointLayout, plan_layout
 from .adapter_output import AdapterSink, checkpoint_layout, seal_adapter
-from .choice import Engine
+from .choice import Engine, is_divisible
 from .division import run_part, shared_output
+from .estimate import count_processes
 from .identity import fingerprint
 from .plan import MergePlan
 from .ranks import Ranks
 from .report import MergeReport
 from .sealing import seal
-from .streaming import on_disk
+from .streaming import StreamingEngine, on_disk
 
 
-def save_merge(ranks: Ranks, plan: MergePlan, engine: Engine, folder: Path, max_shard_size: int | str) -> MergeReport:
+def save_merge(
+    ranks: Ranks,
+    plan: MergePlan,
+    engine: Engine,
+    folder: Path,
+    max_shard_size: int | str,
+    num_proc: int | str | None = None,
+) -> MergeReport:
     """Runs the engine into a folder. Inside a step of all ranks.
 
     Args:
@@ -30,10 +38,13 @@ def save_merge(ranks: Ranks, plan: MergePlan, engine: Engine, folder: Path, max_
         engine ([`Engine`]): Of the plan.
         folder (`Path`): The folder.
         max_shard_size (`int` or `str`): The largest weight file.
+        num_proc (`int` or `str`, *optional*): As in [`count_processes`].
     """
     if plan.adapter is not None:
         return _save_adapter(plan, engine, folder)
     groups, layout = _files(plan, max_shard_size)
+    if isinstance(engine, StreamingEngine) and is_divisible(plan):
+        engine.num_proc = count_processes(plan, engine.placement, groups, num_proc, ranks.size)
     with shared_output(ranks, folder, plan, layout, engine.identity) as output:
         report = engine.run(groups, output) if ranks.size == 1 else run_part(ranks, engine, groups, output)
         if ranks.is_first:

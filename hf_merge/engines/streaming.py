@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -22,16 +22,19 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoints.conversion import SaveGroup
+from ..checkpoints.shards import ShardWriter
+from ..checkpoints.source import ModelSource
 from ..checkpoints.storage import empty_tensor
 from ..errors import NonFiniteError
 from ..methods.base import ElementwiseMethod, Step, TensorGroup, TensorMethod, whole
 from ..registry import get_merge_method
 from .division import divide, gather_report
+from .forks import can_fork, processors, run_forked
 from .pieces import all_finite, one_thread, squared_norm
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
 from .ranks import Ranks
-from .report import MergeReport, peak_memory_bytes
+from .report import MergeReport, peak_memory_bytes, process_memory
 
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,19 @@ class StateDictSink:
 
 
 @dataclass
+class _Filler:
+    """A sink that fills shards without finishing them."""
+
+    shards: ShardWriter
+
+    def wants(self, keys: list[str]) -> bool:
+        return self.shards.wants(keys)
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        self.shards.fill(key, tensor)
+
+
+@dataclass
 class Loaded:
     """The stored tensors of one parameter."""
 
@@ -77,6 +93,7 @@ class StreamingEngine:
     **Attributes**:
         - **identity** (`str`) -- What the result depends on beside the plan: nothing.
         - **ranks** ([`Ranks`]) -- Those that run the same plan together, each with a sink that wants a part of it.
+        - **num_proc** (`int`) -- How many processes of this machine merge into a folder, where [`~StreamingEngine.can_fork`].
 
     Args:
         plan ([`MergePlan`]): A checked plan.
@@ -89,6 +106,7 @@ class StreamingEngine:
         self.plan = plan
         self.placement = placement
         self.ranks = Ranks()
+        self.num_proc = 1
         self.report = MergeReport(dropped=[vars(entry) for entry in plan.dropped], notes=list(plan.notes))
         self._methods: dict[str, TensorMethod] = {}
         self._by_name = {parameter.name: parameter for parameter in plan.parameters}
@@ -106,44 +124,92 @@ class StreamingEngine:
             self.survey()
         self.report.seconds["survey"] = time.perf_counter() - start
         start = time.perf_counter()
-        total = sum(info.nbytes for group in pending for info in group.disk.values())
-        with progress(total, "Merging") as bar, ThreadPoolExecutor(1, "hf_merge-write") as writer:
-            writing: Future | None = None
-            for group, loaded in self._read_ahead(pending):
-                merged = {name: self.finish(self._by_name[name], tensors) for name, tensors in loaded.items()}
-                del loaded  # before the next ones are read
-                if writing is not None:
-                    writing.result()
-                writing = writer.submit(self._write, group, merged, sink, bar)
-            if writing is not None:
-                writing.result()
-        self.report.seconds["merge"] = time.perf_counter() - start
         self.report.peak_memory_bytes = peak_memory_bytes()
-        noticed = {merge_type: method.noticed() for merge_type, method in self._methods.items()}
-        for part in gather_report(self.ranks, self.report, noticed):
-            for merge_type, what in part.items():
-                self._method(merge_type).notice(what)
+        sizes = {key: info.nbytes for group in pending for key, info in group.disk.items()}
+        with progress(sum(sizes.values()), "Merging") as bar:
+            if self.num_proc > 1 and len(pending) > 1 and isinstance(sink, ShardWriter) and self.can_fork():
+                self._merge_forked(pending, sink, lambda key: bar.update(sizes[key]))
+            else:
+                self._merge(pending, sink, lambda key: bar.update(sizes[key]))
+        self.report.seconds["merge"] = time.perf_counter() - start
+        for part in gather_report(self.ranks, self.report, self._noticed()):
+            self._notice(part)
         for remark in self.remarks():
             logger.warning(remark)
             self.report.notes.append(remark)
         return self.report
 
+    def _merge(self, groups: Iterable[SaveGroup], sink: Sink, tell: Callable[[str], Any]) -> None:
+        """Merges groups, writes their tensors and tells which are written."""
+        with ThreadPoolExecutor(1, "hf_merge-write") as writer:
+            writing: Future | None = None
+            for group, loaded in self._read_ahead(groups):
+                merged = {name: self.finish(self._by_name[name], tensors) for name, tensors in loaded.items()}
+                del loaded  # before the next ones are read
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(self._write, group, merged, sink, tell)
+            if writing is not None:
+                writing.result()
+        self.report.peak_memory_bytes = peak_memory_bytes()
+
+    def _noticed(self) -> dict[str, Any]:
+        return {merge_type: method.noticed() for merge_type, method in self._methods.items()}
+
+    def _notice(self, noticed: Mapping[str, Any]) -> None:
+        for merge_type, what in noticed.items():
+            self._method(merge_type).notice(what)
+
     def remarks(self) -> list[str]:
         """What the methods noticed over the whole merge."""
         return [remark for method in self._methods.values() for remark in method.remarks()]
 
+    # -- several processes ----------------------------------------------------------------------------------------
+
+    def can_fork(self) -> bool:
+        """Whether forks of this process can merge a part of the parameters: in pieces, which need no threads, from files, on the CPU."""
+        return (
+            can_fork()
+            and all(type(source) is ModelSource for source in self.plan.sources)
+            and all(self.placement.device_of(name).type == "cpu" for name in self._by_name)
+            and all(parameter.action == "copy" or self._in_pieces(parameter) for parameter in self.plan.parameters)
+        )
+
+    def _merge_forked(self, groups: list[SaveGroup], sink: ShardWriter, written: Callable[[str], Any]) -> None:
+        """[`~StreamingEngine._merge`] in this process and in forks of it, which all fill the same files."""
+
+        def work(part: Iterator[SaveGroup], tell: Callable[[str], None]) -> tuple[dict, dict, int]:
+            before = process_memory()
+            self._merge(part, _Filler(sink), tell)
+            return self.report.parameters, self._noticed(), self.report.peak_memory_bytes - before
+
+        def told(key: str) -> None:
+            sink.complete(key)
+            written(key)
+
+        _, *others = run_forked(min(self.num_proc, len(groups)), groups, work, told)
+        rows = self.report.parameters
+        for more, noticed, grown in others:
+            rows.update(more)
+            self._notice(noticed)
+            self.report.peak_memory_bytes += grown
+        self.report.parameters = {name: rows[name] for group in groups for name in group.names}
+
     # -- reading --------------------------------------------------------------------------------------------------
 
-    def _read_ahead(self, groups: list[SaveGroup]) -> Iterator[tuple[SaveGroup, dict[str, Loaded]]]:
+    def _read_ahead(self, groups: Iterable[SaveGroup]) -> Iterator[tuple[SaveGroup, dict[str, Loaded]]]:
         """The groups with their tensors, the next ones being read while the current one is used."""
         with ThreadPoolExecutor(1, "hf_merge-read") as reader:
             waiting: list[tuple[SaveGroup, Future]] = []
-            remaining = list(reversed(groups))
+            remaining = iter(groups)
+            following = next(remaining, None)
             try:
-                while remaining or waiting:
-                    while remaining and (not waiting or self._stored_bytes(waiting, remaining[-1]) <= READ_AHEAD):
-                        group = remaining.pop()
-                        waiting.append((group, reader.submit(self._read_group, group.names)))
+                while waiting or following is not None:
+                    while following is not None and (
+                        not waiting or self._stored_bytes(waiting, following) <= READ_AHEAD
+                    ):
+                        waiting.append((following, reader.submit(self._read_group, following.names)))
+                        following = next(remaining, None)
                     group, future = waiting.pop(0)
                     yield group, future.result()
                     del future
@@ -174,7 +240,8 @@ class StreamingEngine:
 
     def _method(self, merge_type: str) -> TensorMethod:
         if merge_type not in self._methods:
-            self._methods[merge_type] = get_merge_method(merge_type).method_cls()
+            method = self._methods[merge_type] = get_merge_method(merge_type).method_cls()
+            method.has_spare_thread = self.num_proc < processors()
         return self._methods[merge_type]
 
     def _group(self, parameter: PlannedParameter, loaded: Loaded) -> TensorGroup:
@@ -335,10 +402,10 @@ class StreamingEngine:
 
     # -- writing --------------------------------------------------------------------------------------------------
 
-    def _write(self, group: SaveGroup, merged: Mapping[str, Tensor], sink: Sink, bar: tqdm) -> None:
+    def _write(self, group: SaveGroup, merged: Mapping[str, Tensor], sink: Sink, tell: Callable[[str], Any]) -> None:
         for key, tensor in on_disk(self.plan, group, merged).items():
             sink.write(key, tensor)
-            bar.update(group.disk[key].nbytes)
+            tell(key)
 
 
 class StepNorms(NamedTuple):

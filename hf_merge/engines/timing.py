@@ -19,6 +19,7 @@ from ..kinds import ParameterKind
 from ..methods.base import LinearMethod
 from ..registry import get_merge_method
 from .estimate import sources_of, surveys
+from .forks import processors
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
 from .streaming import Loaded, StreamingEngine
@@ -47,7 +48,7 @@ def merge_seconds(plan: MergePlan, placement: Placement, read: int, folder: Path
     """
     reading, writing = disk_rates(folder)
     parts = [read / reading, compute_seconds(plan, placement), plan.nbytes / writing]
-    return max(*parts, sum(parts) / min(len(parts), _processors()))
+    return max(*parts, sum(parts) / min(len(parts), processors()))
 
 
 def compute_seconds(plan: MergePlan, placement: Placement) -> float:
@@ -153,7 +154,3 @@ def disk_rates(folder: Path | None = None) -> tuple[float, float]:
     except OSError:
         return ASSUMED_RATE, ASSUMED_RATE
     return len(content) / (read - written), len(content) / (written - start)
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

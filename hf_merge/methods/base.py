@@ -139,6 +139,9 @@ class TensorMethod(MergeMethod):
 
     # -- what a merge takes ---------------------------------------------------------------------------------------
 
+    has_spare_thread: bool = True
+    """Whether the method may use a thread beside the one that calls it. The engine says so."""
+
     working_copies: ClassVar[tuple[float, float]] = (4.0, 1.0)
     """How many float32 tensors of the parameter's size are held while it is merged, beside the stored tensors and the rounded
     result: so many, and so many more for each expert. For the plan's estimate of memory: measure it."""
@@ -241,7 +244,8 @@ class ElementwiseMethod(TensorMethod):
         return None
 
     def foresee(self, piece: TensorGroup, prepared: Any) -> Any:
-        """What `piece.foreseen` is: long operations on one piece, which another thread does while the piece before it is merged."""
+        """What `piece.foreseen` is: long operations on one piece, which another thread does while the piece before it is merged, where
+        there is a processor for it."""
         return None
 
     def merge_piece(self, piece: TensorGroup, prepared: Any) -> Tensor:
@@ -272,7 +276,7 @@ class ElementwiseMethod(TensorMethod):
     def foreseen_pieces(self, group: TensorGroup, prepared: Any) -> Iterator[TensorGroup]:
         """The pieces of a parameter with what [`~ElementwiseMethod.foresee`] finds for each."""
         pieces = group.pieces(self.unit(group))
-        if type(self).foresee is ElementwiseMethod.foresee:
+        if type(self).foresee is ElementwiseMethod.foresee or not self.has_spare_thread:
             yield from pieces
             return
         with ThreadPoolExecutor(1, "hf_merge-foresee") as thread:

@@ -21,7 +21,7 @@ PIECE = 1 << 17
 
 LARGE_PIECE = 1 << 24  # elsewhere launches cost more than memory
 
-_DRAWS_PER_COUNT = 8  # Philox makes four 64-bit words per step of its counter: eight draws of 32 bits
+_DRAWS_PER_COUNT = 16  # Philox makes four 64-bit words per step of its counter: sixteen draws of 16 bits
 
 
 def keyed_generator(seed: int, *words: str) -> np.random.Generator:
@@ -29,6 +29,13 @@ def keyed_generator(seed: int, *words: str) -> np.random.Generator:
     text = "\0".join((str(seed), *words))
     key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
     return np.random.Generator(np.random.Philox(key=key))
+
+
+def difference(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
+    """x − y, computed in a dtype, as a new tensor."""
+    if first.dtype == dtype:
+        return first - second.to(dtype)
+    return first.to(dtype).sub_(second.to(dtype))
 
 
 @dataclass
@@ -62,6 +69,7 @@ class TensorGroup:
     report: dict[str, float] = field(default_factory=dict)
     offset: int = 0
     foreseen: Any = None
+    _generators: dict[tuple[int, str], tuple[np.random.Generator, int]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.stored_experts)
@@ -97,7 +105,7 @@ class TensorGroup:
 
     def task_vector(self, index: int) -> Tensor:
         """τ_i = θ_i − θ_0 as a new tensor, free to be changed in place."""
-        return self.expert(index) - self.base
+        return difference(self.stored_experts[index], self.base, self.dtype)
 
     def task_vectors(self) -> Iterator[Tensor]:
         """The task vectors one at a time."""
@@ -116,6 +124,11 @@ class TensorGroup:
             total += expert
         return total.div_(len(self))
 
+    @property
+    def piece_size(self) -> int:
+        """How many entries are merged at a time where the parameter is."""
+        return PIECE if self.device.type == "cpu" else LARGE_PIECE
+
     # -- piece by piece -------------------------------------------------------------------------------------------
 
     def pieces(self, unit: int | None = 1) -> Iterator[TensorGroup]:
@@ -131,8 +144,7 @@ class TensorGroup:
             yield replace(self, report={})
             return
         size = self.shape.numel()
-        limit = PIECE if self.device.type == "cpu" else LARGE_PIECE
-        step = max(limit // unit, 1) * unit
+        step = max(self.piece_size // unit, 1) * unit
         base = None if self.stored_base is None else self.stored_base.reshape(-1)
         experts = [stored.reshape(-1) for stored in self.stored_experts]
         for start in range(0, max(size, 1), step):
@@ -153,22 +165,41 @@ class TensorGroup:
         return keyed_generator(self.seed, self.name, self.expert_names[index], purpose)
 
     def draws(self, index: int, purpose: str = "mask") -> np.ndarray:
-        """One uniform random number for each entry: `uint32`, flat. An entry's number depends on its place in the parameter, and
+        """One uniform random number for each entry: `uint16`, flat. An entry's number depends on its place in the parameter, and
         not on the piece that it is in."""
-        generator, skipped = self.random(index, purpose), self.offset % _DRAWS_PER_COUNT
-        generator.bit_generator.advance(self.offset // _DRAWS_PER_COUNT)
-        words = -(-(skipped + self.shape.numel()) // 2)
-        drawn = generator.integers(0, 1 << 64, dtype=np.uint64, size=words).astype("<u8", copy=False).view("<u4")
-        return drawn[skipped : skipped + self.shape.numel()]
+        return self._drawn(index, purpose, self.offset, self.shape.numel())
 
-    def keep_mask(self, index: int, probability: float) -> Tensor:
+    def _drawn(self, index: int, purpose: str, start: int, count: int) -> np.ndarray:
+        """The numbers of `count` entries from a place on."""
+        first, skipped = divmod(start, _DRAWS_PER_COUNT)
+        counts = -(-(skipped + count) // _DRAWS_PER_COUNT)
+        generator, at = self._generators.pop((index, purpose), None) or (self.random(index, purpose), 0)
+        if at != first:
+            generator.bit_generator.advance(first - at)
+        words = generator.integers(0, 1 << 64, dtype=np.uint64, size=4 * counts)
+        self._generators[index, purpose] = generator, first + counts
+        return words.astype("<u8", copy=False).view("<u2")[skipped : skipped + count]
+
+    def keep_mask(self, index: int, probability: float | Tensor) -> Tensor:
         """A Bernoulli mask (bool, the shape of the group) in which each entry is kept with `probability`, to 32 bits.
 
         Args:
             index (`int`): The expert that the mask is for.
-            probability (`float`): In [0, 1].
+            probability (`float` or `torch.Tensor`): In [0, 1]; or one for each entry, times 2³², as the bits of an int32.
         """
-        kept = self.draws(index) < round(probability * 2**32)
+        if isinstance(probability, Tensor):
+            bounds = probability.reshape(-1).cpu().numpy().view(np.uint32)
+            high = (bounds >> 16).astype(np.uint16)
+        elif probability == 1.0:
+            return torch.ones(self.shape, dtype=torch.bool, device=self.device)
+        else:
+            bounds = np.broadcast_to(np.uint32(min(round(probability * 2**32), 2**32 - 1)), self.shape.numel())
+            high = np.uint16(bounds[0] >> 16) if len(bounds) else np.uint16(0)
+        draws = self.draws(index)
+        kept = draws < high
+        for place in np.flatnonzero(draws == high).tolist():  # one of 65,536 is not decided by 16 bits
+            more = self._drawn(index, "mask, low bits", self.offset + place, 1)
+            kept[place] = more[0] < bounds[place] & 0xFFFF
         return torch.from_numpy(kept).view(self.shape).to(self.device)
 
 

@@ -6,22 +6,22 @@ elect a sign for every entry and average the experts that agree (TIES, arXiv 230
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import MergeConfig
 from ..settings import setting
 from .base import ElementwiseMethod, TensorGroup
-from .election import Election, weighted_sum
+from .election import Election, masked, weighted_sum
+from .groups import difference
 from .linear.method import normalizer
 from .selection import Parts
 from .spherical import l1_norm
-
-
-_KEPT_ENTRIES = 1 << 24  # of all experts: what is made before a merge, is kept for it up to this
 
 
 @dataclass
@@ -47,6 +47,25 @@ class SparseMergeConfig(MergeConfig):
 
 
 @dataclass
+class _Mask:
+    """A mask over a piece, on a CPU in single bits."""
+
+    bits: np.ndarray | Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> _Mask:
+        """The entries that are not 0."""
+        return cls(np.packbits(values.numpy().reshape(-1) != 0) if values.device.type == "cpu" else values != 0)
+
+    def apply(self, values: Tensor) -> Tensor:
+        """`values` where the mask is set, 0 elsewhere; in place."""
+        if isinstance(self.bits, Tensor):
+            return masked(values, self.bits)
+        mask = np.unpackbits(self.bits, count=values.numel()).view(bool)
+        return masked(values, torch.from_numpy(mask).view(values.shape))
+
+
+@dataclass
 class Sparsity:
     """What is known of the task vectors of one parameter.
 
@@ -54,13 +73,13 @@ class Sparsity:
         marks (`list`): Per expert, what [`~SparseMethod.mark`] found.
         factors (`list[float]`, *optional*): Per expert, what its sparse task vector is multiplied with.
         election ([`Election`], *optional*): Where signs are elected.
-        vectors (`dict`): The sparse task vectors of pieces that were made to find the factors, by offset.
+        kept (`dict`): Which entries of pieces stay, where that was found with the factors, by offset: per expert a [`_Mask`].
     """
 
     marks: list[Any]
     factors: list[float] | None
     election: Election | None
-    vectors: dict[int, list[Tensor]] = field(default_factory=dict)
+    kept: dict[int, list[_Mask]] = field(default_factory=dict)
 
 
 class SparseMethod(ElementwiseMethod):
@@ -73,8 +92,15 @@ class SparseMethod(ElementwiseMethod):
         """What [`~SparseMethod.sparsify`] has to know of the whole task vector of expert `index`."""
         return None
 
-    def sparsify(self, piece: TensorGroup, index: int, mark: Any) -> Tensor:
-        """The sparse task vector of expert `index` in a piece, a new tensor; the same for the same arguments."""
+    def sparsify(self, vector: Tensor, piece: TensorGroup, index: int, mark: Any) -> Tensor:
+        """The sparse task vector of expert `index` in a piece; the same for the same arguments.
+
+        Args:
+            vector (`torch.Tensor`): τ_i in the piece; it may be changed in place.
+            piece ([`TensorGroup`]): The piece.
+            index (`int`): i.
+            mark: What [`~SparseMethod.mark`] found.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not implement sparsify")
 
     def combines_by_sign(self, settings: Any) -> bool:
@@ -97,20 +123,25 @@ class SparseMethod(ElementwiseMethod):
     def _find_factors(self, group: TensorGroup, sparsity: Sparsity) -> None:
         """What gives each sparse task vector the L1 norm that the whole one has; mergekit's rescaling."""
         norms = torch.zeros(2, len(group), dtype=torch.float64)
-        keeps = len(group) * group.shape.numel() <= _KEPT_ENTRIES
+        kept = {}
         for piece in self.foreseen_pieces(group, sparsity):
-            vectors = self.sparse_vectors(piece, sparsity)
-            norms[0] += torch.tensor([l1_norm(vector) for vector in piece.task_vectors()], dtype=torch.float64)
-            norms[1] += torch.tensor([l1_norm(vector) for vector in vectors], dtype=torch.float64)
-            if keeps:
-                sparsity.vectors[piece.offset] = vectors
+            kept[piece.offset] = masks = []
+            for index, (mark, vector) in enumerate(zip(sparsity.marks, piece.task_vectors(), strict=True)):
+                norms[0, index] += l1_norm(vector)
+                sparse = self.sparsify(vector, piece, index, mark)
+                norms[1, index] += l1_norm(sparse)
+                masks.append(_Mask.of(sparse))
+        sparsity.kept = kept
         sparsity.factors = (norms[0] / norms[1]).masked_fill_(norms[1] == 0, 1.0).tolist()
 
     def sparse_vectors(self, piece: TensorGroup, sparsity: Sparsity) -> list[Tensor]:
         """The sparse task vectors of all experts in a piece, as they are combined."""
-        vectors = sparsity.vectors.pop(piece.offset, None)
-        if vectors is None or vectors[0].shape != piece.shape:
-            vectors = [self.sparsify(piece, index, mark) for index, mark in enumerate(sparsity.marks)]
+        if piece.offset in sparsity.kept:
+            masks = sparsity.kept[piece.offset]
+            vectors = [mask.apply(vector) for mask, vector in zip(masks, piece.task_vectors(), strict=True)]
+        else:
+            pairs = zip(sparsity.marks, piece.task_vectors(), strict=True)
+            vectors = [self.sparsify(vector, piece, index, mark) for index, (mark, vector) in enumerate(pairs)]
         if sparsity.factors is not None:
             for vector, factor in zip(vectors, sparsity.factors, strict=True):
                 vector.mul_(factor)
@@ -138,5 +169,11 @@ class SparseMethod(ElementwiseMethod):
 
 
 def task_vector_parts(group: TensorGroup, index: int) -> Parts:
-    """The task vector of expert `index` in parts."""
-    return lambda: (piece.task_vector(index) for piece in group.pieces())
+    """The task vector of expert `index`, flat, in parts of the size of pieces."""
+    expert, base = group.stored_experts[index].reshape(-1), group.stored_base.reshape(-1)
+
+    def make() -> Iterator[Tensor]:
+        for one, other in zip(expert.split(group.piece_size), base.split(group.piece_size), strict=True):
+            yield difference(one, other, group.dtype)
+
+    return Parts(make, lambda places: difference(expert[places], base[places], group.dtype))

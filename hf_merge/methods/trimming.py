@@ -64,8 +64,7 @@ class TrimmingMethod(SparseMethod):
         size = group.shape.numel()
         return cuts_of_parts(task_vector_parts(group, index), size, [count_kept(density, size)])[0]
 
-    def sparsify(self, piece: TensorGroup, index: int, mark: Cut) -> Tensor:
-        vector = piece.task_vector(index)
+    def sparsify(self, vector: Tensor, piece: TensorGroup, index: int, mark: Cut) -> Tensor:
         if piece.settings.scope == "model" and vector.dtype != torch.float32:
             return masked(vector, mark.mask(vector.float()))
         return mark.trim(vector, piece.offset)

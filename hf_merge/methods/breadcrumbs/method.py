@@ -30,7 +30,7 @@ class Breadcrumbs(SparseMethod):
         within, above = cuts_of_parts(task_vector_parts(group, index), size, [outliers + kept, outliers])
         return within, above
 
-    def sparsify(self, piece: TensorGroup, index: int, mark: tuple[Cut, Cut]) -> Tensor:
+    def sparsify(self, vector: Tensor, piece: TensorGroup, index: int, mark: tuple[Cut, Cut]) -> Tensor:
         kept, outliers = mark
-        vector = kept.trim(piece.task_vector(index), piece.offset)
+        vector = kept.trim(vector, piece.offset)
         return vector - outliers.trim(vector, piece.offset)

@@ -16,12 +16,12 @@ class Dare(SparseMethod):
 
     def foresee(self, piece: TensorGroup, prepared: Sparsity) -> list[Tensor] | None:
         """The masks."""
-        if piece.offset in prepared.vectors:
+        if piece.offset in prepared.kept:
             return None
         return [piece.keep_mask(index, density) for index, density in enumerate(piece.settings.density)]
 
-    def sparsify(self, piece: TensorGroup, index: int, mark: Any) -> Tensor:
-        density, vector = piece.settings.density[index], piece.task_vector(index)
+    def sparsify(self, vector: Tensor, piece: TensorGroup, index: int, mark: Any) -> Tensor:
+        density = piece.settings.density[index]
         if density == 1.0:
             return vector
         mask = piece.keep_mask(index, density) if piece.foreseen is None else piece.foreseen[index]

@@ -25,29 +25,25 @@ class Della(SparseMethod):
         """The length of a row."""
         return row_length(group.shape, group.kind)
 
-    def foresee(self, piece: TensorGroup, prepared: Sparsity) -> list[tuple[Tensor, np.ndarray]] | None:
-        """The order of every row, and random numbers."""
-        if piece.offset in prepared.vectors or piece.shape.numel() == 0:
+    def foresee(self, piece: TensorGroup, prepared: Sparsity) -> list[Tensor] | None:
+        """The order of every row."""
+        if piece.offset in prepared.kept or piece.shape.numel() == 0:
             return None
-        return [self._order_and_draws(piece, index, width) for index, width in enumerate(prepared.marks)]
+        return [
+            rising_order(piece_rows(vector, piece.kind, width))
+            for width, vector in zip(prepared.marks, piece.task_vectors(), strict=True)
+        ]
 
-    @staticmethod
-    def _order_and_draws(piece: TensorGroup, index: int, width: int) -> tuple[Tensor, np.ndarray]:
-        rows = piece_rows(piece.task_vector(index), piece.kind, width)
-        return rising_order(rows), piece.draws(index)
-
-    def sparsify(self, piece: TensorGroup, index: int, mark: int) -> Tensor:
-        density, vector = piece.settings.density[index], piece.task_vector(index)
+    def sparsify(self, vector: Tensor, piece: TensorGroup, index: int, mark: int) -> Tensor:
+        density = piece.settings.density[index]
         if density in (0.0, 1.0) or vector.numel() == 0:
             return vector.mul_(density)
         rows = piece_rows(vector, piece.kind, mark)
-        foreseen = self._order_and_draws(piece, index, mark) if piece.foreseen is None else piece.foreseen[index]
-        order, draws = foreseen
+        order = rising_order(rows) if piece.foreseen is None else piece.foreseen[index]
         keep = keep_probabilities(mark, density, piece.settings.epsilon[index]).to(order.device)
-        # Numbers of 32 bits, compared as signed ones.
-        bounds = keep.mul(2**32).round_().clamp_(max=2**32 - 1).sub_(2**31).to(torch.int32)
-        shifted = torch.from_numpy(draws.view(np.int32) ^ np.int32(-(2**31))).to(order.device).view(rows.shape)
-        masked(rows, shifted < _in_order(bounds, order))
+        # Below 1: numbers of 32 bits, in torch's signed integers.
+        bounds = keep.mul(2**32).round_().clamp_(max=2**32 - 1).to(torch.int64).to(torch.int32)
+        masked(rows, piece.keep_mask(index, _in_order(bounds, order)).view(rows.shape))
         if piece.settings.rescale == "probability":
             factors = keep.reciprocal().masked_fill_(keep == 0, 0.0)  # those are never kept
             rows.mul_(_in_order(factors.to(rows.dtype), order))
@@ -59,12 +55,40 @@ def rising_order(rows: Tensor) -> Tensor:
     if rows.device.type != "cpu" or rows.dtype != torch.float32:
         return rows.abs().argsort(dim=1, stable=True)
     # Magnitudes as integers with the place below them: one sort of integers, ten times as fast as a stable sort of floats.
-    keys = (rows.view(torch.int32) & 0x7FFFFFFF).numpy().astype(np.uint64)
-    keys <<= np.uint64(32)
-    keys |= np.arange(rows.shape[1], dtype=np.uint64)
+    bits = (rows.view(torch.int32) & 0x7FFFFFFF).numpy().view(np.uint32)
+    width = rows.shape[1]
+    place_bits = (width - 1).bit_length()
+    keys = _short_keys(bits, place_bits)
+    if keys is None:
+        place_bits, keys = 32, bits.astype(np.uint64) << np.uint64(32)
+    keys |= np.arange(width, dtype=keys.dtype)
     keys.sort(axis=1)
-    keys &= np.uint64(0xFFFFFFFF)
-    return torch.from_numpy(keys.view(np.int64))
+    keys &= keys.dtype.type((1 << place_bits) - 1)
+    return torch.from_numpy(keys.astype(np.int64, copy=False))
+
+
+def _short_keys(bits: np.ndarray, free: int) -> np.ndarray | None:
+    """Integers of 32 bits in the order of the given ones, their low `free` bits 0; `None` where that is too few bits. Differences of
+    models in 16 bits need few: their last bits are 0, and their exponents are near each other.
+
+    Args:
+        bits (`np.ndarray`): uint32, not empty.
+        free (`int`): Less than 32.
+    """
+    unused = int(np.bitwise_or.reduce(bits, axis=None))
+    unused = (unused & -unused).bit_length() - 1 if unused else 31
+    # 0 stays 0, the smallest other one becomes 1.
+    below = int((bits - np.uint32(1)).min()) + 1 - (1 << unused)
+    if ((int(bits.max()) - below) >> unused).bit_length() + free > 32:
+        return None
+    keys = np.maximum(bits, np.uint32(below))
+    keys -= np.uint32(below)
+    shift = free - unused
+    return (
+        np.left_shift(keys, np.uint32(shift), out=keys)
+        if shift >= 0
+        else np.right_shift(keys, np.uint32(-shift), out=keys)
+    )
 
 
 def keep_probabilities(width: int, density: float, epsilon: float) -> Tensor:

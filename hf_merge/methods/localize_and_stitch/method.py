@@ -21,8 +21,8 @@ class LocalizeAndStitch(TrimmingMethod):
 
     def merge_piece(self, piece: TensorGroup, prepared: Sparsity) -> Tensor:
         merged, owners = torch.zeros_like(piece.base), torch.zeros_like(piece.base)
-        for index, cut in enumerate(prepared.marks):
-            region = self.sparsify(piece, index, cut)
+        for index, (cut, vector) in enumerate(zip(prepared.marks, piece.task_vectors(), strict=True)):
+            region = self.sparsify(vector, piece, index, cut)
             merged += region
             owners += region.sign_().abs_()
         return merged.div_(owners.clamp_(min=1.0)).mul_(piece.settings.scaling).add_(piece.base)
