@@ -7,7 +7,6 @@ the user passed in is ever changed.
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -32,23 +31,20 @@ from .engines.choice import (
     plan_merge,
 )
 from .engines.estimate import Estimate
-from .engines.estimate_blocks import Samples
+from .engines.estimate_blocks import Samples, finished_blocks
 from .engines.lazy import LazyModel, lazy_merge
 from .engines.opening import Opening
 from .engines.placement import Placement
 from .engines.plan import MergePlan
 from .engines.ranks import Ranks, all_ranks
 from .engines.report import MergeReport
-from .engines.saving import save_merge, save_model
+from .engines.saving import save_merge, save_model, save_on_ranks, temporary_folder
 from .engines.sealing import head_tensors, processor_notes, result_config, result_dtype
 from .engines.streaming import StateDictSink, StreamingEngine
 from .errors import ConfigError, PlanError, suggest
 from .hub import HubMixin, upload_folder
 from .modeling.assembly import assemble, transfer_backbone
 from .registry import get_merge_method
-
-
-logger = logging.getLogger(__name__)
 
 
 class Merger(HubMixin):
@@ -197,8 +193,15 @@ class Merger(HubMixin):
         Args:
             save_directory (`str`, *optional*): Also check that this folder can be written.
         """
-        folder = [] if save_directory is None else check_output(Path(save_directory), self.plan.nbytes)
-        return self.plan.problems + folder
+        return self._problems(None if save_directory is None else Path(save_directory))
+
+    def _problems(self, folder: Path | None, work_dir: Path | None = None) -> list[str]:
+        """Those of the plan, and of a folder to save into with a work folder, the one beside it when not given."""
+        if folder is None:
+            return self.plan.problems
+        has_blocks = self.model is None and not self.plan.problems
+        work = {work_dir or work_folder_of(folder): finished_blocks(self.plan)} if has_blocks else None
+        return self.plan.problems + check_output(folder, self.plan.nbytes, work)
 
     @staticmethod
     def _raise(problems: list[str]) -> None:
@@ -234,7 +237,7 @@ class Merger(HubMixin):
                 "output='adapter' is written by save_pretrained(folder) and loaded with PeftModel.from_pretrained(base, folder); "
                 "hf_merge.peft.add_merged_adapter adds it to a model in memory."
             )
-        plan, engine = self._prepare(None, data, callbacks, args)
+        plan, engine = self._prepare(Ranks(), None, data, callbacks, args)
         sink = StateDictSink()
         self.report = engine.run(plan.groups, sink)
         generation_config = plan.target.generation_config
@@ -244,19 +247,23 @@ class Merger(HubMixin):
         return self.model
 
     def _prepare(
-        self, folder: Path | None, data: Any, callbacks: Sequence[Any] | None, args: Any
+        self, ranks: Ranks, folder: Path | None, data: Any, callbacks: Sequence[Any] | None, args: Any
     ) -> tuple[MergePlan, Engine]:
-        """Checks everything and chooses the engine."""
+        """Checks everything and chooses the engine. Rank 0 makes the folder, and checks it."""
         data = CalibrationData.of(data) if data is not None else None
         problems = find_data_problems(self.plan, data, callbacks is not None or args is not None)
-        self._raise(self.problems(folder) + problems)
-        if data is None:
-            return self.plan, choose_engine(self.plan, self.placement)
-        from .training.monitor import engine_options
+        options = None
+        if data is not None:
+            from .training.monitor import engine_options
 
-        options = engine_options(args, callbacks)
-        if options.work_dir is None and folder is not None:
-            options.work_dir = work_folder_of(folder)
+            options = engine_options(args, callbacks)
+            options.ranks, options.output = ranks, folder
+            if options.work_dir is None and folder is not None:
+                options.work_dir = work_folder_of(folder)
+        work_dir = None if options is None else options.work_dir
+        self._raise(self._problems(folder if ranks.is_first else None, work_dir) + problems)
+        if options is None:
+            return self.plan, choose_engine(self.plan, self.placement)
         return self.plan, choose_engine(self.plan, self.placement, data, options)
 
     def model_for(self, task: str) -> PreTrainedModel:
@@ -306,7 +313,7 @@ class Merger(HubMixin):
         """
         if task is not None:
             self._index_of(task)
-        plan, engine = self._prepare(None, None, None, None)
+        plan, engine = self._prepare(Ranks(), None, None, None, None)
         if plan.adapter is not None:
             raise ConfigError(
                 "The recipe's result is an adapter: use Merger.from_pretrained(config=recipe).save_pretrained(folder)."
@@ -337,8 +344,9 @@ class Merger(HubMixin):
         Without a [`~Merger.merge`] before, the merge is streamed from disk to disk and the model is never in memory. The folder
         is complete or absent: a merge that was killed leaves `<folder>.partial`, and running it again continues there.
 
-        In a `torch.distributed` job (`torchrun`, `accelerate launch`) all ranks make this call. They divide the weight files of methods
-        without data among them; anything else is done by rank 0. All return when the folder is complete, with the same report.
+        In a `torch.distributed` job (`torchrun`, `accelerate launch`) all ranks make this call, with the same arguments. They divide the
+        weight files among them, and the samples of methods that merge block by block; anything else is done by rank 0. All return when
+        the folder is complete, with the same report.
 
         Args:
             save_directory (`str`): The folder; it must be absent or empty.
@@ -366,46 +374,88 @@ class Merger(HubMixin):
             known = (*_SAVE_ARGUMENTS, *_UPLOAD_ARGUMENTS)
             hint = suggest(name, known) if unknown else " It is for the upload: set push_to_hub=True."
             raise ConfigError(f"Merger.save_pretrained cannot use the argument '{name}'.{hint}")
-        if not (num_proc in (None, "auto") or type(num_proc) is int and num_proc >= 1):
-            raise ConfigError(f"num_proc must be a number of processes or 'auto', got {num_proc!r}.")
         ranks = all_ranks() if distributed else Ranks()
 
-        def save(ranks: Ranks) -> MergeReport | None:
-            self._save(ranks, folder, data, callbacks, args, max_shard_size, num_proc)
-            return self.report
-
         def save_together() -> None:
-            if ranks.size == 1 or all(ranks.gather(self.model is None and is_divisible(self.plan))):
-                save(ranks)
-            else:
-                logger.warning(
-                    "Rank 0 merges and the other ranks wait: only merges without data into a model are divided."
-                )
-                self.report = ranks.on_first(lambda: save(Ranks()))
+            self._save(ranks, folder, max_shard_size, num_proc, data, callbacks, args)
             if push_to_hub:
                 ranks.on_first(lambda: upload_folder(folder, repo_id or folder.name, **kwargs), "upload")
 
         with ranks.quiet():
             ranks.step(save_together)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        data: CalibrationData | Mapping[str, Any] | None = None,
+        callbacks: Sequence[Any] | None = None,
+        args: Any = None,
+        max_shard_size: int | str = "5GB",
+        distributed: bool = True,
+        num_proc: int | str | None = None,
+        **upload_kwargs,
+    ) -> str:
+        """Saves into a temporary folder and uploads it.
+
+        In a `torch.distributed` job all ranks make this call. Those of one host merge together; where there are several hosts, which
+        have no temporary folder in common, rank 0 merges alone. Rank 0 uploads, and all ranks return when it has, or fail with it.
+
+        Args:
+            repo_id (`str`): The repository, `name` or `namespace/name`; it is created when missing.
+            data, callbacks, args, max_shard_size, distributed, num_proc: As in [`~Merger.save_pretrained`].
+            upload_kwargs: `commit_message` ("Upload merged model" by default), `private` (of a new repository), `token` (the stored one by
+                default), `revision` (the branch to push to), `create_pr` (open a pull request instead of pushing).
+
+        Returns:
+            `str`: The URL of the commit.
+
+        Raises:
+            OutputError: The Hub refuses, or cannot be reached.
+            MergeError: As in [`~Merger.save_pretrained`], or rank 0 could not upload.
+        """
+        unknown = sorted(set(upload_kwargs) - set(_UPLOAD_ARGUMENTS))
+        if unknown:
+            known = (*_SAVE_ARGUMENTS, *_UPLOAD_ARGUMENTS)
+            raise ConfigError(
+                f"Merger.push_to_hub cannot use the argument '{unknown[0]}'.{suggest(unknown[0], known)}"
+            )
+        ranks = all_ranks("push to the Hub") if distributed else Ranks()
+
+        def push() -> str:
+            with temporary_folder(ranks) as (folder, is_shared):
+                target = folder / "upload"
+                self._save(ranks, target, max_shard_size, num_proc, data, callbacks, args, is_shared=is_shared)
+                return ranks.on_first(lambda: upload_folder(target, repo_id, **upload_kwargs), "upload")
+
+        with ranks.quiet():
+            return ranks.step(push)
+
     def _save(
         self,
         ranks: Ranks,
         folder: Path,
-        data: Any,
-        callbacks: Sequence[Any] | None,
-        args: Any,
         max_shard_size: int | str,
         num_proc: int | str | None,
+        data: Any,
+        *options: Any,
+        is_shared: bool = True,
     ) -> None:
-        checked = folder if ranks.is_first else None  # rank 0 makes the folder
-        if self.model is not None:
+        """Saves on all ranks together, where they see the folder."""
+        if not (num_proc in (None, "auto") or type(num_proc) is int and num_proc >= 1):
+            raise ConfigError(f"num_proc must be a number of processes or 'auto', got {num_proc!r}.")
+
+        def save(ranks: Ranks) -> MergeReport:
+            if self.model is None:
+                plan, engine = self._prepare(ranks, folder, data, *options)
+                return save_merge(ranks, plan, engine, folder, max_shard_size, num_proc)
             if data is not None:
                 raise ConfigError("The models are merged already, the samples would not be used: leave 'data' out.")
-            save_model(self.check(checked), self.model, self.report, folder, max_shard_size)
-        else:
-            plan, engine = self._prepare(checked, data, callbacks, args)
-            self.report = save_merge(ranks, plan, engine, folder, max_shard_size, num_proc)
+            save_model(self.check(folder), self.model, self.report, folder, max_shard_size)
+            return self.report
+
+        divided = is_shared and self.model is None and is_divisible(self.plan)
+        self.report = save_on_ranks(ranks, divided, save)
 
 
 _ARGUMENTS = (

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -58,3 +60,51 @@ def kill_after(process: BaseProcess, out: Path, delay: float) -> None:
     time.sleep(delay)
     process.kill()
     process.join()
+
+
+# -- ranks of a job -----------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def as_rank(rank: int, size: int, port: int, then: Callable[[int], None] | None = None) -> None:
+    """Makes this process what a launcher makes it."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    if then is not None:
+        then(rank)
+
+
+def launch(
+    arguments: Sequence[str], size: int, logs: Path, then: Callable[[int], None] | None = None
+) -> tuple[list[int], list[str]]:
+    """Runs `hf-merge` on every rank; returns exit codes and what each printed.
+
+    Args:
+        arguments (`Sequence[str]`): Of the command line.
+        size (`int`): The number of ranks.
+        logs (`Path`): A folder for what they print.
+        then (`Callable`, *optional*): Called with the rank in its process before the command.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    files = [logs / f"rank{rank}.txt" for rank in range(size)]
+    processes = [
+        start(arguments, prepare=partial(as_rank, rank, size, port, then), log=file) for rank, file in enumerate(files)
+    ]
+    for process in processes:
+        process.join(120)
+    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for rank in hung:
+        processes[rank].kill()
+    assert not hung, f"ranks {hung} hang"
+    return [process.exitcode for process in processes], [file.read_text() for file in files]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import sys
@@ -110,6 +111,30 @@ def test_finished_shards_are_not_written_again(bed: Bed, expected):
     kept = [path for path in out.glob("*.safetensors") if times.get(path.stat().st_ino) == path.stat().st_mtime_ns]
     assert contents(out) == expected
     assert len(kept) >= len(times) - 1, "at most the shard that was being written is repeated"
+    assert_same_rows(out, bed.folder / "uninterrupted" / "out")
+
+
+def assert_same_rows(found: Path, expected: Path) -> None:
+    """The reports have the same rows in the same order."""
+    rows, others = (json.loads((out / "merge_report.json").read_text())["parameters"] for out in (found, expected))
+    assert list(rows.items()) == list(others.items())
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", '{"model.norm.weight": 3, "other": {}}', None])
+def test_rows_that_cannot_be_read_are_left_out(bed: Bed, expected, tmp_path: Path, content: str | None):
+    out = partial_after_kill(bed, tmp_path / "rows")
+    damaged = sorted(out.with_name("out.partial").glob("*.rows.json"))
+    assert damaged
+    for path in damaged:
+        path.unlink() if content is None else path.write_text(content)
+    assert run_cli(command_for(bed, out)) == 0
+    assert contents(out) == expected
+    rows, whole = (
+        json.loads((folder / "merge_report.json").read_text())["parameters"]
+        for folder in (out, bed.folder / "uninterrupted" / "out")
+    )
+    assert 0 < len(rows) < len(whole)
+    assert rows == {name: whole[name] for name in rows}
 
 
 def test_partial_folder_of_another_recipe_is_not_reused(bed: Bed, expected):
@@ -137,6 +162,7 @@ def test_merge_that_was_killed_while_sealing_keeps_its_shards(bed: Bed, expected
     assert run_cli(command_for(bed, out)) == 0
     assert contents(out) == expected
     assert {path.stat().st_ino for path in out.glob("*.safetensors")} == numbers
+    assert_same_rows(out, bed.folder / "uninterrupted" / "out")
 
 
 def test_spoilt_partial_shard_is_written_again(bed: Bed, expected):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import socket
+import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
@@ -16,6 +20,7 @@ from hf_merge import (
     ConfigError,
     LinearConfig,
     MergeConfig,
+    MergeError,
     Merger,
     OutputError,
     SurgeryConfig,
@@ -26,7 +31,8 @@ from hf_merge import hub as hub_module
 from hf_merge.hub import fetch_file, fetch_folder, push_folder, push_heads
 
 from .methods.helpers_models import models, samples
-from .testing_utils import run_cli
+from .processes import launch
+from .testing_utils import Bed, llama_bed, run_cli
 
 
 @dataclass
@@ -233,7 +239,6 @@ def test_patterns_cover_what_a_merged_folder_holds(config: MergeConfig, tmp_path
 @pytest.mark.parametrize("name", ["me/nowhere", "not a valid id", "me/x--y..z"])
 def test_names_that_cannot_be_fetched_are_one_clear_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names that no repository can have, and a network that is down."""
-    import huggingface_hub
     from huggingface_hub.errors import HTTPError
 
     def unreachable(*args, **kwargs):
@@ -245,3 +250,48 @@ def test_names_that_cannot_be_fetched_are_one_clear_error(name: str, monkeypatch
     for fetch in (fetch_folder, lambda one: fetch_file(one, "merge_config.json")):
         with pytest.raises(CheckpointError, match="neither a local folder nor a Hub repository"):
             fetch(name)
+
+
+# -- in a job of several processes ------------------------------------------------------------------------------------
+
+
+def push_as_rank(bed: Bed, folder: Path, hosts: int, error: Exception | None, rank: int) -> None:
+    """Pushes on every rank, leaves what it gave and what the API was asked for."""
+    api = FakeApi(error=error)
+    huggingface_hub.HfApi = api
+    tempfile.tempdir = str(folder / "temporary")
+    socket.gethostname = lambda: f"host{rank % hosts}"
+    merger = Merger.from_pretrained(bed.experts, TaskArithmeticConfig(), base_model=bed.base)
+    try:
+        given = merger.push_to_hub("me/merged", private=True, max_shard_size="20KB")
+    except (MergeError, OutputError) as failure:
+        given = f"{type(failure).__name__}: {failure}"
+    asked = [(name, kwargs.get("private"), sorted(kwargs.get("files", ()))) for name, kwargs in api.calls]
+    done = {"given": given, "asked": asked, "ranks": len(merger.report.ranks) if merger.report else None}
+    (folder / f"rank{rank}.json").write_text(json.dumps(done))
+
+
+def push_in_job(bed: Bed, folder: Path, hosts: int = 1, error: Exception | None = None) -> list[dict[str, Any]]:
+    (folder / "temporary").mkdir()
+    _, logs = launch(["--version"], 2, folder / "logs", partial(push_as_rank, bed, folder, hosts, error))
+    assert all((folder / f"rank{rank}.json").exists() for rank in range(2)), logs
+    assert not list((folder / "temporary").glob("*/upload*")), "the temporary folder is removed"
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_rank_0_uploads_and_the_others_wait(hosts: int, tmp_path: Path) -> None:
+    bed = llama_bed(tmp_path / "bed")
+    first, second = push_in_job(bed, tmp_path, hosts)
+    assert first["given"] == second["given"] == "https://huggingface.co/me/merged/commit/1"
+    bed.merge(TaskArithmeticConfig(), max_shard_size="20KB")
+    files = sorted(path.relative_to(bed.out).as_posix() for path in bed.out.rglob("*") if path.is_file())
+    assert first["asked"] == [["create_repo", True, []], ["upload_folder", None, files]]
+    assert second["asked"] == []
+    assert first["ranks"] == second["ranks"] == (2 if hosts == 1 else 0), "ranks of one host divide the merge"
+
+
+def test_refused_upload_is_an_error_on_all_ranks(tmp_path: Path) -> None:
+    first, second = push_in_job(llama_bed(tmp_path / "bed"), tmp_path, error=OSError("no route to host"))
+    assert first["given"].startswith("OutputError: Cannot push to 'me/merged': no route to host")
+    assert second["given"].startswith("MergeError: Rank 0 on host0 could not upload: Cannot push to 'me/merged'")

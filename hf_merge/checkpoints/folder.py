@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing_extensions import Self
 
 from ..errors import MergeError, OutputError, RankLostError
 from .layout import CheckpointLayout
-from .shards import ShardWriter, is_finished, output_error, partial_of
+from .shards import ShardWriter, is_finished, output_error, partial_of, rows_path
 
 
 logger = logging.getLogger(__name__)
@@ -28,16 +29,17 @@ logger = logging.getLogger(__name__)
 _PROGRESS = "progress.json"
 _PROGRESS_WRITING = _PROGRESS + ".writing"
 CONFIG_MARK = "merge_config.json"
-_SHARED_WITHIN = 60.0
+SHARED_WITHIN = 60.0
 """Seconds within which a folder that one host made is seen by the others; network file systems keep lists of files for a while."""
 
 
-def check_output(folder: Path, nbytes: int) -> list[str]:
+def check_output(folder: Path, nbytes: int, beside: Mapping[Path, int] | None = None) -> list[str]:
     """What prevents writing `nbytes` into `folder`, as sentences. Writes nothing.
 
     Args:
         folder (`Path`): The output folder; it must be absent or empty.
         nbytes (`int`): The size of what will be written.
+        beside (`Mapping[Path, int]`, *optional*): Bytes that other folders hold until this one is complete.
     """
     problems = []
     folder = folder.absolute()
@@ -55,12 +57,29 @@ def check_output(folder: Path, nbytes: int) -> list[str]:
     if parent is None or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         problems.append(f"The output folder '{folder}' cannot be made: '{parent}' is not a writable folder.")
         return problems
-    free = shutil.disk_usage(parent).free
-    finished = sum(path.stat().st_size for path in partial_of(folder).glob("*.safetensors*"))
-    if nbytes - finished > free:
-        problems.append(
-            f"Not enough disk space for '{folder}': {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free."
-        )
+    return problems + space_problems({partial_of(folder): nbytes, **(beside or {})})
+
+
+def space_problems(sizes: Mapping[Path, int]) -> list[str]:
+    """Which disks are too small for what folders will hold, as sentences. What is there from a merge that is continued, or that will
+    be replaced, needs no more space.
+
+    Args:
+        sizes (`Mapping[Path, int]`): Bytes that each folder will hold at the most. It need not exist yet.
+    """
+    disks: dict[int, list[tuple[Path, Path, int]]] = {}
+    for folder, nbytes in sizes.items():
+        disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+        missing = max(0, nbytes - sum(path.stat().st_size for path in folder.glob("*.safetensors*")))
+        disks.setdefault(disk.stat().st_dev, []).append((folder, disk, missing))
+    problems = []
+    for places in disks.values():
+        needed, free = sum(missing for *_, missing in places), shutil.disk_usage(places[0][1]).free
+        if needed > free:
+            names = " and ".join(f"'{folder}'" for folder, _, missing in places if missing)
+            problems.append(
+                f"Not enough disk space for {names}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free."
+            )
     return problems
 
 
@@ -143,13 +162,14 @@ class OutputFolder(ShardWriter):
         step, and only when no other merge's are left."""
         record = self.partial / _PROGRESS
         known = _read_fingerprint(record)
-        shards = {shard.filename: shard for shard in self.layout.shards}
+        paths = {self.partial / shard.filename: shard for shard in self.layout.shards}
+        kept = {path for path in paths if known == self.fingerprint and is_finished(path, paths[path])}
+        self.finished.update(path.name for path in kept)
+        kept |= {record, *map(rows_path, kept)}
         for path in self.partial.iterdir():
-            if path == record:
+            if path in kept:
                 continue
-            if known == self.fingerprint and path.name in shards and is_finished(path, shards[path.name]):
-                self.finished.add(path.name)
-            elif path.is_dir() and not path.is_symlink():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
@@ -177,6 +197,8 @@ class OutputFolder(ShardWriter):
                 raise OutputError(f"Cannot complete '{self.folder}': {', '.join(missing)} not written.")
             for path in self.partial.glob("*.writing"):  # of a process of an earlier run that went on for a while
                 path.unlink()
+            for shard in self.layout.shards:
+                rows_path(self.partial / shard.filename).unlink(missing_ok=True)
             index = self.layout.index()
             if index is not None:
                 self.write_json("model.safetensors.index.json", index)
@@ -212,7 +234,7 @@ class OutputPart(ShardWriter):
         self.fingerprint = fingerprint
 
     def __enter__(self) -> Self:
-        deadline = time.monotonic() + _SHARED_WITHIN
+        deadline = time.monotonic() + SHARED_WITHIN
         while _read_fingerprint(self.partial / _PROGRESS) != self.fingerprint:
             if time.monotonic() > deadline:
                 raise OutputError(

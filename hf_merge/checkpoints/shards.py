@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch import uint8 as torch_uint8
@@ -18,6 +20,7 @@ from .layout import CheckpointLayout, ShardLayout
 
 
 _STOPPED = "stopped"
+_ROWS = ".rows.json"
 
 
 class StoppedError(OutputError):
@@ -30,6 +33,11 @@ class ShardWriter:
     Args:
         folder (`Path`): The final folder.
         layout ([`CheckpointLayout`]): The weight files.
+
+    **Attributes**:
+        - **finished** (`set[str]`) -- The shards that are complete, by file name.
+        - **rows_of** (`Callable`, *optional*) -- Gives, for a shard that becomes complete, what the report says about its parameters:
+          JSON-ready data, which is kept beside the shard for a run that continues this one.
     """
 
     def __init__(self, folder: Path, layout: CheckpointLayout):
@@ -37,6 +45,7 @@ class ShardWriter:
         self.partial = partial_of(self.folder)
         self.layout = layout
         self.finished: set[str] = set()
+        self.rows_of: Callable[[ShardLayout], dict[str, Any]] | None = None
         self._elsewhere: frozenset[str] = frozenset()
         self._open: dict[str, _ShardFile] = {}
         self._opening = threading.Lock()
@@ -89,6 +98,10 @@ class ShardWriter:
             file = self._file(shard)
             file.missing.discard(key)
             if not file.missing:
+                if self.rows_of is not None:
+                    rows_path(self.partial / shard.filename).write_text(
+                        json.dumps(self.rows_of(shard)), encoding="utf-8"
+                    )
                 file.finish()
                 self.finished.add(shard.filename)
                 del self._open[shard.filename]
@@ -100,6 +113,14 @@ class ShardWriter:
             if shard.filename not in self._open:
                 self._open[shard.filename] = _ShardFile(self.partial, shard, self._mark)
             return self._open[shard.filename]
+
+    def kept_rows(self) -> dict[str, Any]:
+        """What the report said about the parameters of finished shards, as far as it can be read."""
+        rows: dict[str, Any] = {}
+        for name in sorted(self.finished):
+            with suppress(OSError, ValueError, TypeError):
+                rows.update(json.loads(rows_path(self.partial / name).read_text(encoding="utf-8")))
+        return rows
 
     def close(self) -> None:
         """Closes the shards that are not complete."""
@@ -154,6 +175,11 @@ def is_finished(path: Path, shard: ShardLayout) -> bool:
         return False
     with open(path, "rb") as file:
         return file.read(len(shard.header)) == shard.header
+
+
+def rows_path(shard: Path) -> Path:
+    """The file beside a shard with the rows of the report about its parameters."""
+    return shard.with_name(shard.name + _ROWS)
 
 
 def partial_of(folder: Path) -> Path:

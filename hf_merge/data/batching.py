@@ -30,6 +30,10 @@ class Batch:
     inputs: dict[str, Tensor]
     count: int
 
+    def rows(self, first: int, end: int) -> Batch:
+        """Samples `first` to `end`, padded as they are here."""
+        return Batch({name: value[first:end] for name, value in self.inputs.items()}, end - first)
+
     def token_mask(self, shape: Sequence[int], decoder: bool) -> Tensor | None:
         """Which of the tokens of hidden states are real.
 

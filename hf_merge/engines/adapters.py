@@ -19,7 +19,7 @@ from ..methods.base import LinearMethod, LowRankGroup, TensorGroup, TensorMethod
 from ..registry import get_merge_method
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
-from .streaming import Loaded, StreamingEngine
+from .streaming import Loaded, StreamingEngine, Written
 
 
 _TRANSPOSED = (ParameterKind.TRANSPOSED_LINEAR, ParameterKind.TRANSPOSED_EXPERT_LINEAR)
@@ -197,7 +197,7 @@ class AdapterEngine(StreamingEngine):
                 sink.write(name, value)
             else:
                 sink.write_change(name, value)
-            tell(name)
+            tell(Written(name, {}))
 
 
 def tensor_engine(plan: MergePlan, placement: Placement) -> StreamingEngine:

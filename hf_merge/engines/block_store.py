@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoints.folder import SHARED_WITHIN
 from ..errors import OutputError
 
 
@@ -25,17 +27,19 @@ class BlockStore:
     Args:
         folder (`Path`, *optional*): Keeps them in files there. In memory when not given.
         fingerprint (`str`): Identifies recipe, models and samples; files of another fingerprint are discarded.
+        writes (`bool`): Whether this process puts blocks there; one that does not reads what another one puts, see
+            [`~BlockStore.follow`].
 
     Raises:
         OutputError: The folder holds something else, or cannot be written.
     """
 
-    def __init__(self, folder: Path | None = None, fingerprint: str = ""):
+    def __init__(self, folder: Path | None = None, fingerprint: str = "", writes: bool = True):
         self.folder = folder
         self._tensors: dict[str, Tensor] = {}
         self._reports: dict[str, dict[str, Any]] = {}
         self._block_of: dict[str, str] = {}
-        if folder is not None:
+        if folder is not None and writes:
             self._recover(fingerprint)
 
     def __contains__(self, block: str) -> bool:
@@ -44,6 +48,30 @@ class BlockStore:
     def has(self, name: str) -> bool:
         """Whether a parameter belongs to a finished block."""
         return name in self._block_of
+
+    @property
+    def finished(self) -> list[str]:
+        """The finished blocks."""
+        return list(self._reports)
+
+    def follow(self, blocks: Sequence[str]) -> None:
+        """Takes over blocks that another process has put into the folder.
+
+        Args:
+            blocks (`Sequence[str]`): Their names.
+
+        Raises:
+            OutputError: They do not appear there.
+        """
+        deadline = time.monotonic() + SHARED_WITHIN
+        for block in blocks:
+            while block not in self and not self._is_taken_over(self._path(block)):
+                if time.monotonic() > deadline:
+                    raise OutputError(
+                        f"'{self._path(block)}', a finished block of rank 0, is not there: all ranks must be given one work folder, on a "
+                        "file system that their hosts share."
+                    )
+                time.sleep(0.05)
 
     def report(self, block: str) -> dict[str, Any]:
         """What was reported about a finished block."""
@@ -107,18 +135,21 @@ class BlockStore:
 
     def _take_over(self, path: Path) -> None:
         """Keeps a finished block; one that is damaged is done again."""
+        if not self._is_taken_over(path):
+            path.unlink()
+
+    def _is_taken_over(self, path: Path) -> bool:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata, names = file.metadata() or {}, list(file.keys())
             block, report = metadata["block"], json.loads(metadata["report"])
-        except (SafetensorError, KeyError, ValueError):
-            path.unlink()
-            return
+        except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+            return False
         if self._path(block) != path:
-            path.unlink()
-            return
+            return False
         self._reports[block] = report
         self._block_of.update(dict.fromkeys(names, block))
+        return True
 
     def remove(self) -> None:
         """Removes the files."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,18 +21,20 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..checkpoints.conversion import SaveGroup
-from ..checkpoints.source import ModelSource
-from ..data.cache import CachedTensor
+from ..checkpoints.folder import space_problems
+from ..checkpoints.shards import partial_of
 from ..data.calibration import CalibrationData
-from ..errors import NonFiniteError, UnsupportedModelError
+from ..errors import NonFiniteError, PlanError
 from ..methods.base import TensorGroup
-from ..methods.block_base import BlockActivations, BlockGroup, BlockInputs, BlockMethod
-from ..modeling.reentry import main_output
+from ..methods.block_base import BlockGroup, BlockMethod
 from ..modeling.residency import return_memory
 from ..registry import get_merge_method
-from .block_runner import BlockRunner, Key, open_runner
+from .block_models import BlockModels, Stage, StageActivations
 from .block_store import BlockStore
 from .calibrated import initial_plan, is_left_to_method, parameter_row, task_model
+from .data_parallel import RankMonitor, check_samples, own_batches
+from .division import gather_report
+from .estimate_blocks import Samples, activations_on_disk, finished_blocks
 from .head_fitting import HeadFitter, LazyParameters, with_fitted_head
 from .options import EngineOptions
 from .placement import Placement
@@ -56,24 +58,49 @@ class BlockwiseEngine:
     ):
         self.plan = plan
         self.options = options or EngineOptions()
+        self.ranks = self.options.ranks
         self.device = placement.device_of("")
         self.method: BlockMethod = get_merge_method(plan.config.merge_type).method_cls()
         self.initial = StreamingEngine(initial_plan(plan), placement)
+        self.initial.ranks = self.ranks
         self.report = MergeReport(dropped=[vars(entry) for entry in plan.dropped], notes=list(plan.notes))
         self._by_name = {parameter.name: parameter for parameter in plan.parameters}
         self._outside: dict[str, Tensor] = {}
         self.samples = data.load([task_model(source) for source in plan.experts])
+        if self.ranks.is_first:
+            self._check_disks()
         self.cache = self.options.open_cache()
-        self.store = BlockStore(self.options.work_dir, self.identity)
+        self.monitor = self.options.monitor if self.ranks.size == 1 else RankMonitor(self.options.monitor, self.ranks)
+        self.store = BlockStore(self.options.work_dir, self.identity, writes=self.ranks.is_first)
+
+    def _check_disks(self) -> None:
+        """The size of the samples is known now, so that their activations are counted, too.
+
+        Raises:
+            PlanError: A disk is too small.
+        """
+        plan, options = self.plan, self.options
+        kept = activations_on_disk(plan, Samples.of(self.samples, plan.target.config), options)
+        sizes = {options.work_dir or Path(tempfile.gettempdir(), "activations"): kept}
+        if options.work_dir is not None:
+            sizes[options.work_dir] += finished_blocks(plan)
+        if options.output is not None:
+            sizes[partial_of(options.output)] = plan.nbytes
+        problems = space_problems(sizes) if kept else []
+        if problems:
+            raise PlanError(problems)
 
     def run(self, groups: list[SaveGroup], sink: Sink) -> MergeReport:
-        """Merges all blocks, then writes every group that the sink wants.
+        """Merges all blocks, then writes every group that the sink wants. Ranks hold a part of the samples each, and rank 0 the
+        finished blocks, which the others read from its work folder. The report is that of all ranks.
 
         Args:
             groups (`list[SaveGroup]`): Parameters that are written together, in the order of writing.
             sink ([`Sink`]): Where the tensors go.
         """
         start = time.perf_counter()
+        check_samples(self.ranks, self.samples)
+        self.store.follow(self.ranks.gather(self.store.finished)[0])
         self.initial.survey()
         self.report.seconds["survey"] = time.perf_counter() - start
         start = time.perf_counter()
@@ -91,35 +118,39 @@ class BlockwiseEngine:
                     sink.write(key, tensor)
         self.report.seconds["merge"] = time.perf_counter() - start
         self.report.peak_memory_bytes = peak_memory_bytes()
+        gather_report(self.ranks, self.report, {})
         return self.report
 
     # -- the blocks -----------------------------------------------------------------------------------------------
 
     def _merge_blocks(self) -> None:
-        models = _Models(self)
-        if self.options.self_check:
+        batches = own_batches(self.ranks, self.samples.batches(self.plan.config.batch_size))
+        models = BlockModels(
+            self.plan, self.method, batches, self.student_value, self.cache, self.device, self.options
+        )
+        if self.options.self_check and self.ranks.is_first:
             models.reference.check()
-        skipped = self.method.skip_blocks(self.plan.config, lambda: self._block_norms(models.blocks))
-        self.options.monitor.begin(len(models.blocks) - len(skipped))
+        skipped = self.ranks.on_first(
+            lambda: self.method.skip_blocks(self.plan.config, lambda: self._block_norms(models.blocks))
+        )
+        self.monitor.begin(len(models.blocks) - len(skipped))
         reached = set()
         while (stage := models.next_stage()) is not None:
             reached.add(stage.block)
             self._merge_block(models, stage, stage.block in skipped)
             return_memory()
-        self.options.monitor.end()
+        self.monitor.end()
         missed = [block for block in models.blocks if block not in reached]
         if missed:
             self.report.notes.append(
                 f"No calibration sample reaches {', '.join(missed)}: merged by '{self.initial.plan.config.merge_type}'"
             )
 
-    def _merge_block(self, models: _Models, stage: _Stage, is_skipped: bool) -> None:
+    def _merge_block(self, models: BlockModels, stage: Stage, is_skipped: bool) -> None:
         with models.resident(stage.block) as (student, experts):
-            activations = _Activations(models, stage, student, experts)
+            activations = StageActivations(models, stage, student, experts)
             if stage.block in self.store:
-                for name in self._merged_names(stage.block):
-                    student.get_parameter(name.removeprefix(f"{stage.block}.")).copy_(self.store.read(name))
-                self._note(stage.block, self.store.report(stage.block))
+                self._take_finished(stage.block, student)
             elif is_skipped:
                 self._note(stage.block, {"block": {"skipped": True}, "parameters": {}})
                 self._round(student, stage.block)
@@ -148,7 +179,7 @@ class BlockwiseEngine:
         ]
 
     def _group(
-        self, block: str, student: nn.Module, experts: Sequence[nn.Module], activations: _Activations
+        self, block: str, student: nn.Module, experts: Sequence[nn.Module], activations: StageActivations
     ) -> BlockGroup:
         names = tuple(source.name for source in self.plan.experts)
         parameters = {}
@@ -174,7 +205,7 @@ class BlockwiseEngine:
             settings=self.plan.config,
             activations=activations,
             depth=max((self._by_name[group.name].depth for group in parameters.values()), default=0.0),
-            monitor=self.options.monitor,
+            monitor=self.monitor,
             seed=self.plan.config.seed if self.options.seed is None else self.options.seed,
             accumulation=self.options.gradient_accumulation_steps,
         )
@@ -182,18 +213,26 @@ class BlockwiseEngine:
     @torch.no_grad()
     def _finish_block(self, group: BlockGroup) -> None:
         """Rounds the merged parameters once, keeps them, and gives the student what was kept: the next blocks then see the model
-        that is saved."""
+        that is saved. What rank 0 keeps is what all ranks see."""
+        if self.ranks.is_first:
+            self._keep(group)
+        self.ranks.gather(None)
+        self.store.follow([group.name])
+        self._take_finished(group.name, group.student)
+
+    def _take_finished(self, block: str, student: nn.Module) -> None:
+        for name in self._merged_names(block):
+            student.get_parameter(name.removeprefix(f"{block}.")).copy_(self.store.read(name))
+        self._note(block, self.store.report(block))
+
+    def _keep(self, group: BlockGroup) -> None:
         merged, rows = {}, {}
         for inner, parameter in group.parameters.items():
             planned = self._by_name[parameter.name]
-            student = group.student.get_parameter(inner)
-            value = self.initial.follow(planned, student.detach())
+            value = self.initial.follow(planned, group.student.get_parameter(inner).detach())
             merged[parameter.name] = self._rounded(planned, value)
-            student.copy_(merged[parameter.name])
             rows[parameter.name] = parameter_row(planned, parameter, value)
-        report = {"block": group.report, "parameters": rows}
-        self.store.put(group.name, merged, report)
-        self._note(group.name, report)
+        self.store.put(group.name, merged, {"block": group.report, "parameters": rows})
 
     def _note(self, block: str, report: dict[str, Any]) -> None:
         self.report.blocks[block] = report["block"]
@@ -264,161 +303,3 @@ class BlockwiseEngine:
             [self.options.bf16, self.options.gradient_accumulation_steps, self.options.cache_dtype, self.options.seed],
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """The next block, and the batches of each task that have reached it."""
-
-    block: str
-    keys: list[list[Key]]
-
-
-class _Models:
-    """The merged model and the experts, as they run through the blocks together."""
-
-    def __init__(self, engine: BlockwiseEngine):
-        plan, options = engine.plan, engine.options
-        self.engine = engine
-        self.method = engine.method
-        batches = engine.samples.batches(plan.config.batch_size)
-        self.batches = {(task, i): batch for task, one in enumerate(batches) for i, batch in enumerate(one)}
-        common = (engine.cache, engine.device, options.bf16)
-        target = plan.target
-        blocks: set[str] = set()
-        self.student = open_runner(
-            "the merged model",
-            target.model_class,
-            target.config,
-            lambda name: engine.student_value(name, frozenset(blocks)),
-            self.batches if self.method.reads_student else {},
-            *common,
-        )
-        blocks.update(self.student.reentry.blocks)
-        self.experts = [
-            open_runner(
-                str(source),
-                source.model_class,
-                source.config,
-                _reader(source),
-                {key: batch for key, batch in self.batches.items() if self.method.reads_teachers and key[0] == task},
-                *common,
-            )
-            for task, source in enumerate(plan.experts)
-        ]
-        self._expert_names = [_translation(target, self.student, s, r) for s, r in zip(plan.experts, self.experts)]
-        reference = plan.experts[0]
-        first = {key: batch for key, batch in self.batches.items() if key[0] == 0}
-        self.reference = open_runner(
-            str(reference), reference.model_class, reference.config, _reader(reference), first, *common[:2], False
-        )
-
-    @property
-    def blocks(self) -> list[str]:
-        """All blocks by the merged model's names, in order."""
-        return list(self.student.reentry.blocks)
-
-    def next_stage(self) -> _Stage | None:
-        """Runs everything up to its next block and picks the first of these blocks."""
-        found: dict[Key, str] = self.student.advance() if self.method.reads_student else {}
-        if self.method.reads_teachers:
-            theirs = {}
-            for names, runner in zip(self._expert_names, self.experts, strict=True):
-                back = {theirs: ours for ours, theirs in names.items()}
-                theirs.update({key: back[block] for key, block in runner.advance().items()})
-            if self.method.reads_student and theirs != found:
-                raise UnsupportedModelError("The experts and the merged model run their blocks in different orders.")
-            found = theirs
-        if not found:
-            return None
-        block = min(found.values(), key=self.student.reentry.order.__getitem__)
-        tasks = range(len(self.experts))
-        return _Stage(block, [[key for key in found if key[0] == task and found[key] == block] for task in tasks])
-
-    def release_experts(self, block: str) -> None:
-        """Frees the weights of a block of each expert before its time."""
-        for names, runner in zip(self._expert_names, self.experts, strict=True):
-            runner.release_block(names[block])
-
-    @contextmanager
-    def resident(self, block: str) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
-        """One block of the merged model and of each expert, with its weights."""
-        with ExitStack() as stack, torch.no_grad():
-            student = stack.enter_context(self.student.block_resident(block))
-            experts = [
-                stack.enter_context(runner.block_resident(names[block]))
-                for names, runner in zip(self._expert_names, self.experts, strict=True)
-            ]
-            yield student, experts
-
-
-class _Activations(BlockActivations):
-    """What reaches one block."""
-
-    def __init__(self, models: _Models, stage: _Stage, student: nn.Module, experts: Sequence[nn.Module]):
-        self.models = models
-        self.stage = stage
-        self.batches = [len(keys) for keys in stage.keys]
-        self._student = student
-        self._experts = experts
-        self._targets: dict[Key, CachedTensor] = {}
-        decoder = models.engine.plan.target.shell.config.is_encoder_decoder and _in_decoder(models, stage.block)
-        self._is_decoder = bool(decoder)
-
-    def student(self, task: int, index: int) -> BlockInputs:
-        return self._inputs(self.models.student, task, index)
-
-    def teacher(self, task: int, index: int) -> BlockInputs:
-        return self._inputs(self.models.experts[task], task, index)
-
-    def _inputs(self, runner: BlockRunner, task: int, index: int) -> BlockInputs:
-        key = self.stage.keys[task][index]
-        call = runner.call(key)
-        hidden = next(
-            v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()
-        )
-        mask = self.models.batches[key].token_mask(hidden.shape, self._is_decoder)
-        return BlockInputs(task, index, call.args, call.kwargs, mask if mask is None else mask.to(hidden.device))
-
-    def run(self, module: nn.Module, inputs: BlockInputs) -> Tensor:
-        return main_output(self.models.student.run(module, inputs.args, inputs.kwargs)).float()
-
-    def run_teacher(self, task: int, index: int) -> None:
-        key = self.stage.keys[task][index]
-        if key not in self._targets:
-            self._targets[key] = self.models.experts[task].push(key, self._experts[task])
-
-    def target(self, task: int, index: int) -> Tensor:
-        return self._targets[self.stage.keys[task][index]].load(self.models.engine.device)
-
-    def push(self) -> None:
-        """Takes every batch through the block."""
-        for task, keys in enumerate(self.stage.keys):
-            for index, key in enumerate(keys):
-                if self.models.method.reads_teachers:
-                    self.run_teacher(task, index)
-                if self.models.method.reads_student:
-                    self.models.student.push(key, self._student)
-        self._targets.clear()
-
-
-def _in_decoder(models: _Models, block: str) -> bool:
-    decoder = models.student.model.get_decoder()
-    module = models.student.reentry.blocks[block]
-    return any(module is other for other in decoder.modules())
-
-
-def _reader(source: ModelSource):
-    def read(name: str) -> Tensor | None:
-        stored = name if name in source.parameters else source.tied_stand_in(name)
-        return None if stored is None else source.read(stored)
-
-    return read
-
-
-def _translation(
-    target: ModelSource, student: BlockRunner, source: ModelSource, runner: BlockRunner
-) -> dict[str, str]:
-    """The blocks of the merged model by name -> those of an expert, whose class may be another over the same backbone."""
-    theirs = {source.anatomy.canonical(name): name for name in runner.reentry.blocks}
-    return {name: theirs[target.anatomy.canonical(name)] for name in student.reentry.blocks}

@@ -49,9 +49,11 @@ class Engine(Protocol):
 
     **Attributes**:
         - **identity** (`str`) -- What the result depends on beside the plan, such as the samples.
+        - **report** ([`MergeReport`]) -- What has happened so far.
     """
 
     identity: str
+    report: MergeReport
 
     def run(self, groups: list[SaveGroup], sink: Sink) -> MergeReport: ...
 
@@ -170,8 +172,13 @@ def choose_engine(
 
 
 def is_divisible(plan: MergePlan) -> bool:
-    """Whether several processes can carry out a plan together, each for a part of the parameters."""
-    return plan.adapter is None and issubclass(get_merge_method(plan.config.merge_type).method_cls, TensorMethod)
+    """Whether several processes can carry out a plan together, each for a part of the parameters or of the samples."""
+    method = get_merge_method(plan.config.merge_type).method_cls
+    if plan.adapter is not None:
+        return False
+    return issubclass(method, TensorMethod) or (
+        issubclass(method, BlockMethod) and method.divides_samples(plan.config)
+    )
 
 
 def is_block_wise(config: MergeConfig) -> bool:

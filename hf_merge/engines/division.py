@@ -13,12 +13,15 @@ from ..checkpoints.folder import OutputFolder, OutputPart
 from ..checkpoints.layout import CheckpointLayout
 from ..checkpoints.shards import ShardWriter
 from ..errors import MergeError
+from ..methods.base import TensorMethod
+from ..registry import get_merge_method
 from .identity import fingerprint, outline
 from .plan import MergePlan
 from .ranks import Ranks
 
 
 if TYPE_CHECKING:
+    from .blockwise import BlockwiseEngine
     from .report import MergeReport
     from .streaming import StreamingEngine
 
@@ -75,6 +78,14 @@ def shared_output(
         with OutputFolder(folder, layout, fingerprint(plan, layout, identity)) as output:
             ranks.gather((output.fingerprint, output.finished, mark))
             _take_part(output, ranks)
+            idle = ranks.size - len(layout.shards)
+            if idle > 0 and issubclass(get_merge_method(plan.config.merge_type).method_cls, TensorMethod):
+                logger.warning(
+                    "The result has %d weight file(s), which %d of the ranks have no part of: a smaller max_shard_size divides it "
+                    "further.",
+                    len(layout.shards),
+                    idle,
+                )
             yield output
         return
     print_of_first, finished, mark_of_first = ranks.gather(None)[0]
@@ -93,21 +104,16 @@ def _take_part(output: ShardWriter, ranks: Ranks) -> None:
     shards = [shard for shard in output.layout.shards if shard.filename not in output.finished]
     own = divide([shard.nbytes for shard in shards], ranks.size)[ranks.rank]
     output.leave(shard.filename for index, shard in enumerate(shards) if index not in own)
-    idle = ranks.size - len(output.layout.shards)
-    if ranks.is_first and idle > 0:
-        logger.warning(
-            "The result has %d weight file(s), which %d of the ranks have no part of: a smaller max_shard_size divides it further.",
-            len(output.layout.shards),
-            idle,
-        )
 
 
-def run_part(ranks: Ranks, engine: StreamingEngine, groups: list[SaveGroup], output: ShardWriter) -> MergeReport:
+def run_part(
+    ranks: Ranks, engine: StreamingEngine | BlockwiseEngine, groups: list[SaveGroup], output: ShardWriter
+) -> MergeReport:
     """Merges what this rank writes, and returns the report of all ranks when all of them are done.
 
     Args:
         ranks ([`Ranks`]): Who merges.
-        engine ([`StreamingEngine`]): Of the plan.
+        engine ([`StreamingEngine`] or [`BlockwiseEngine`]): Of the plan.
         groups (`list[SaveGroup]`): All parameters of the result.
         output ([`ShardWriter`]): Where this rank's part goes.
     """

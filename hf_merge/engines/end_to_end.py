@@ -116,7 +116,7 @@ class EndToEndEngine:
             return {}
         start.dtype = "float32"
         plan = build_plan(start, self.plan.experts, self.plan.base).check()
-        options = replace(self.options, work_dir=None, monitor=BlockMonitor())
+        options = replace(self.options, work_dir=None, output=None, monitor=BlockMonitor())
         sink = StateDictSink()
         report = BlockwiseEngine(plan, self._placement, self._data, options).run(plan.groups, sink)
         self.report.blocks.update(report.blocks)

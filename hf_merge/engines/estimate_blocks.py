@@ -1,15 +1,22 @@
-"""The peak memory of a block-wise merge, from its plan and the size of the calibration samples."""
+"""The peak memory of a block-wise merge, and the disk that it needs, from its plan and the size of the calibration samples."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from transformers import PretrainedConfig
+
+from ..data.batching import Sample
+from ..data.calibration import TaskSamples
+from ..methods.after_base import AfterMergeMethod
 from ..methods.base import FLOAT32, LINEAR_KINDS
 from ..methods.block_base import BlockMethod
 from ..modeling.blocks import find_block_lists
 from ..modeling.shell import output_embeddings
 from ..registry import get_merge_method
+from .after_merge import inner_plan
 from .calibrated import is_left_to_method
 from .estimate import loaded_bytes, process_memory
 from .options import EngineOptions
@@ -33,8 +40,29 @@ class Samples:
     count: int
     tokens: int
 
+    @classmethod
+    def of(cls, samples: TaskSamples, config: PretrainedConfig) -> Samples:
+        """The mean size of samples: tokens of texts, patches of images; 0 tokens where it is neither.
+
+        Args:
+            samples ([`TaskSamples`]): Of every expert.
+            config ([`~transformers.PretrainedConfig`]): Of the merged model; it has the size of patches.
+        """
+        sizes = [_tokens(sample, config) for one in samples.samples for sample in one]
+        return cls(math.ceil(len(sizes) / len(samples.samples)), math.ceil(sum(sizes) / len(sizes)))
+
     def __bool__(self) -> bool:
         return self.count > 0
+
+
+def _tokens(sample: Sample, config: PretrainedConfig) -> int:
+    tokens = 0
+    for name, value in sample.items():
+        if name in ("input_ids", "inputs_embeds", "decoder_input_ids"):
+            tokens += len(value)
+        elif name == "pixel_values" and isinstance(side := getattr(config, "patch_size", None), int):
+            tokens += math.prod(length // side for length in value.shape[-2:]) + 1
+    return tokens
 
 
 def blocks_of(plan: MergePlan) -> dict[str, list[PlannedParameter]]:
@@ -90,9 +118,23 @@ def block_disk(plan: MergePlan, samples: Samples, options: EngineOptions | None 
         plan, samples, options: As for [`blockwise_memory`].
     """
     options = options or EngineOptions()
+    return plan.nbytes + finished_blocks(plan) + activations_on_disk(plan, samples, options)
+
+
+def finished_blocks(plan: MergePlan) -> int:
+    """Bytes of the finished blocks of a [`BlockMethod`]; 0 for a plan of another method."""
+    method = get_merge_method(plan.config.merge_type).method_cls
+    if issubclass(method, AfterMergeMethod):
+        return finished_blocks(inner_plan(plan))
+    if not issubclass(method, BlockMethod):
+        return 0
     blocks = blocks_of(plan)
-    finished = sum(p.info.nbytes for name in blocks if name for p in blocks[name] if is_left_to_method(plan, p))
-    return plan.nbytes + finished + _cached_on_disk(activations(plan, samples, options), options)
+    return sum(p.info.nbytes for name in blocks if name for p in blocks[name] if is_left_to_method(plan, p))
+
+
+def activations_on_disk(plan: MergePlan, samples: Samples, options: EngineOptions) -> int:
+    """Bytes of the activations of a [`BlockMethod`] that go to disk."""
+    return _cached_on_disk(activations(plan, samples, options), options)
 
 
 def _cached_on_disk(cached: int, options: EngineOptions) -> int:

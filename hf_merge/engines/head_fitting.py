@@ -23,6 +23,7 @@ from ..methods.linalg import solve_symmetric, sum_dtype
 from ..modeling.shell import output_embeddings
 from .block_runner import BlockRunner, Key, hooked, open_runner, run_to_the_end
 from .calibrated import is_left_to_method
+from .data_parallel import own_batches
 from .heads import HeadPlan
 from .options import EngineOptions
 from .plan import MergePlan
@@ -99,11 +100,11 @@ class LayerMoments:
 
 
 class HeadFitter:
-    """Fits poolers and heads, with one block of a model in memory at a time.
+    """Fits poolers and heads, with one block of a model in memory at a time, on all ranks of the options together.
 
     Args:
         plan ([`MergePlan`]): Its heads receive their values.
-        samples ([`TaskSamples`]): Of every expert.
+        samples ([`TaskSamples`]): Of every expert, on all ranks.
         merged ([`Mapping`]): The merged parameters by module name, as they are when they are asked for.
         options ([`EngineOptions`]): How to run.
         device (`torch.device`): Where models run.
@@ -120,7 +121,8 @@ class HeadFitter:
         self.plan = plan
         self.values = MergedValues(plan, merged)
         self.merged = merged
-        self.batches = samples.batches(plan.config.batch_size)
+        self.counts = [len(one) for one in samples.samples]
+        self.batches = own_batches(options.ranks, samples.batches(plan.config.batch_size))
         self.options = options
         self.cache = options.open_cache()
         self.device = device
@@ -141,7 +143,7 @@ class HeadFitter:
         for name, one in moments.items():
             entries = [entry for entry in (f"{name}.weight", f"{name}.bias") if entry in self.merged]
             values |= changed(
-                {entry: self.merged[entry] for entry in entries}, name, one, self.prior * len(self.batches)
+                {entry: self.merged[entry] for entry in entries}, name, one, self.prior * len(self.counts)
             )
         return values
 
@@ -160,20 +162,30 @@ class HeadFitter:
         head.values = {name: source.read(name).to("cpu", copy=True) for name in head.names}
         for name, one in moments.items():
             head.values |= changed(head.values, name, one, self.prior)
-        return {"fitted": list(moments), "samples": sum(batch.count for batch in self.batches[task])}
+        return {"fitted": list(moments), "samples": self.counts[task]}
 
     @torch.no_grad()
     def _moments_of(self, task: int, layers: Sequence[str]) -> dict[str, LayerMoments]:
         """The moments of linear layers behind the blocks on the samples of a task, by the names that they have in its expert."""
         source = self.plan.experts[task]
-        keyed = {(0, index): batch for index, batch in enumerate(self.batches[task])}
+        keyed = {key: batch for key, batch in self.batches.items() if key[0] == task}
         try:
             targets = self._outputs_of(self._runner(str(source), source, source.read, keyed), layers)
             under_head = self.values.under_head_of(source, self.device)
             student = self._runner(f"the merged model for '{source.name}'", source, under_head, keyed)
-            return self._moments(student, layers, targets, keyed)
+            return self._all_reduce(self._moments(student, layers, targets, keyed))
         finally:
             self.cache.close()
+
+    def _all_reduce(self, moments: Mapping[str, LayerMoments]) -> dict[str, LayerMoments]:
+        """The moments over the samples of all ranks."""
+        parts = {
+            (name, key): torch.as_tensor(value) for name, one in moments.items() for key, value in vars(one).items()
+        }
+        sums: dict[str, dict[str, Any]] = {}
+        for (name, key), value in self.options.ranks.all_reduce(parts, self.device).items():
+            sums.setdefault(name, {})[key] = int(value) if key == "count" else value
+        return {name: LayerMoments(**one) for name, one in sums.items()}
 
     def _runner(self, label: str, source: ModelSource, read: Any, batches: Mapping[Key, Batch]) -> BlockRunner:
         bf16 = self.options.bf16

@@ -9,6 +9,7 @@ import torch
 
 from ..data.cache import ActivationCache
 from ..methods.block_base import BlockMonitor
+from .ranks import Ranks
 
 
 @dataclass
@@ -17,6 +18,7 @@ class EngineOptions:
 
     Args:
         work_dir (`Path`, *optional*): Finished blocks are written there, and a merge that was killed goes on from them.
+        output (`Path`, *optional*): Where the result goes, for the check that disks are large enough.
         bf16 (`bool`): Blocks run in bfloat16 (autocast); weights and updates stay in float32.
         gradient_accumulation_steps (`int`): Batches of each task per update.
         cache (`str`): Where activations are kept: `"memory"`, `"disk"` or a device.
@@ -25,9 +27,11 @@ class EngineOptions:
         self_check (`bool`): Compare running block by block with a plain forward before the merge.
         seed (`int`, *optional*): Of the order of the batches; the recipe's when not given.
         monitor ([`BlockMonitor`]): Is told about training.
+        ranks ([`Ranks`]): The processes that hold the samples together, each a part of them. All are given all samples.
     """
 
     work_dir: Path | None = None
+    output: Path | None = None
     bf16: bool = False
     gradient_accumulation_steps: int = 1
     cache: str = "memory"
@@ -36,6 +40,7 @@ class EngineOptions:
     self_check: bool = True
     seed: int | None = None
     monitor: BlockMonitor = field(default_factory=BlockMonitor)
+    ranks: Ranks = field(default_factory=Ranks)
 
     def open_cache(self) -> ActivationCache:
         """A cache for the activations of one run."""

@@ -1,4 +1,4 @@
-"""The processes of a `torch.distributed` job, its ranks: joining them, exchanging small objects, and failing together.
+"""The processes of a `torch.distributed` job, its ranks: joining them, exchanging small objects, summing tensors, and failing together.
 
 Everything goes over a gloo group of its own, so that a group that the user initialised, with NCCL or any timeout, is left as it is.
 """
@@ -10,13 +10,15 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoints.shards import StoppedError
@@ -25,6 +27,7 @@ from ..errors import MergeError, RankLostError
 
 logger = logging.getLogger(__name__)
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 MEETING = timedelta(minutes=30)
@@ -50,7 +53,7 @@ class _Failure:
 class Ranks:
     """The ranks that work together. Made by [`all_ranks`]; without arguments, this process alone.
 
-    All ranks have to call [`~Ranks.gather`], [`~Ranks.step`] and [`~Ranks.on_first`] in the same order.
+    All ranks have to call [`~Ranks.gather`], [`~Ranks.all_reduce`], [`~Ranks.step`] and [`~Ranks.on_first`] in the same order.
 
     Args:
         rank (`int`): Of this process.
@@ -83,6 +86,37 @@ class Ranks:
         values, failures = self._exchange(value, None)
         self._raise(failures)
         return values
+
+    def all_reduce(self, tensors: Mapping[K, Tensor], device: torch.device) -> dict[K, Tensor]:
+        """Sums tensors over all ranks, by key, with the same bits on all of them. A key that a rank does not have counts as zero there.
+
+        Args:
+            tensors (`Mapping[K, torch.Tensor]`): Of equal shapes and dtypes on all ranks, on any device. They may be overwritten.
+            device (`torch.device`): Where sums go that this rank had no part of; the others go where its part is.
+
+        Raises:
+            MergeError: Another rank failed in the meantime.
+            RankLostError: Another rank ended.
+        """
+        if self.size == 1:
+            return dict(tensors)
+        outlines: dict[K, tuple[torch.Size, torch.dtype]] = {}
+        for part in self.gather({key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}):
+            outlines |= part
+        try:
+            return {key: self._sum(tensors.get(key), *outline, device) for key, outline in outlines.items()}
+        except RankLostError:
+            raise
+        except BaseException:
+            self._failed = True
+            self._abandon()  # the others are in the middle of a sum
+            raise
+
+    def _sum(self, own: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        part = torch.zeros(shape, dtype=dtype) if own is None else own.detach().cpu().contiguous()
+        with self._communicating():
+            dist.all_reduce(part, group=self.group)
+        return part.to(device if own is None else own.device)
 
     def step(self, work: Callable[[], T], what: str = "merge") -> T:
         """Does something on every rank and returns this one's result. Where it fails on one, it fails on all, when all have stopped;
@@ -165,15 +199,20 @@ class Ranks:
         if self.size == 1:
             return [value], []
         received: list[Any] = [None] * self.size
-        try:
+        with self._communicating():
             dist.all_gather_object(received, (value, failure), group=self.group)
+        return [value for value, _ in received], [failure for _, failure in received if failure is not None]
+
+    @contextmanager
+    def _communicating(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             self._failed = self._lost = True
             reason = str(error).splitlines()[0]
             raise RankLostError(
                 f"A rank ended before the others were done: the same command continues the merge, on any number of ranks. ({reason})"
             ) from error
-        return [value for value, _ in received], [failure for _, failure in received if failure is not None]
 
     def _raise(self, failures: list[_Failure]) -> None:
         if failures:

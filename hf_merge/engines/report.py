@@ -21,8 +21,8 @@ class MergeReport:
         - **blocks** (`dict[str, dict]`) -- Per block, for methods that need data: losses and steps.
         - **heads** (`dict[str, dict]`) -- Per task whose head was fitted or whose features are corrected: which layers, and to how
           many samples.
-        - **ranks** (`list[dict]`) -- Of a merge on several ranks, for each of them: how many parameters it merged, its seconds and
-          its peak memory.
+        - **ranks** (`list[dict]`) -- Of a merge on several ranks, for each of them: how many parameters it merged (those of blocks are
+          merged by all ranks together), its seconds and its peak memory.
         - **dropped** (`list[dict]`), **notes** (`list[str]`) -- As planned.
     """
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import socket
+import tempfile
 import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -20,6 +26,37 @@ from .ranks import Ranks
 from .report import MergeReport
 from .sealing import seal
 from .streaming import StreamingEngine, on_disk
+
+
+logger = logging.getLogger(__name__)
+
+
+def save_on_ranks(ranks: Ranks, divided: bool, save: Callable[[Ranks], MergeReport]) -> MergeReport:
+    """Saves on all ranks together, or on rank 0 while the others wait. Inside a step of all ranks.
+
+    Args:
+        ranks ([`Ranks`]): Who is there.
+        divided (`bool`): Whether this rank can do a part of it.
+        save (`Callable`): Saves as one of the ranks that it is given.
+    """
+    if ranks.size == 1 or all(ranks.gather(divided)):
+        return save(ranks)
+    logger.warning(
+        "Rank 0 merges and the other ranks wait: only merges into a model, without data or block by block, are divided."
+    )
+    return ranks.on_first(lambda: save(Ranks()))
+
+
+@contextmanager
+def temporary_folder(ranks: Ranks) -> Iterator[tuple[Path, bool]]:
+    """A folder that rank 0 makes and removes, and whether all ranks see it: on other hosts they do not. Inside a step of all ranks.
+
+    Args:
+        ranks ([`Ranks`]): Who needs it.
+    """
+    with tempfile.TemporaryDirectory() as own:
+        places = ranks.gather((own, socket.gethostname()))
+        yield Path(places[0][0]), len({host for _, host in places}) == 1
 
 
 def save_merge(
@@ -46,10 +83,30 @@ def save_merge(
     if isinstance(engine, StreamingEngine) and is_divisible(plan):
         engine.num_proc = count_processes(plan, engine.placement, groups, num_proc, ranks.size)
     with shared_output(ranks, folder, plan, layout, engine.identity) as output:
+        kept = output.kept_rows()
+        names = {key: group.names for group in groups for key in group.disk}
+        output.rows_of = lambda shard: _rows(engine.report, [name for key in shard.infos for name in names[key]])
         report = engine.run(groups, output) if ranks.size == 1 else run_part(ranks, engine, groups, output)
+        report.parameters = _completed(report.parameters, kept, groups)
         if ranks.is_first:
             seal(plan, output, report)
     return report
+
+
+def _rows(report: MergeReport, names: Iterable[str]) -> dict[str, Any]:
+    return {name: report.parameters[name] for name in names if name in report.parameters}
+
+
+def _completed(rows: dict[str, Any], kept: Mapping[str, Any], groups: list[SaveGroup]) -> dict[str, Any]:
+    """The rows of this run with those of the run that it continues, in the order of writing."""
+    missing = [
+        name for group in groups for name in group.names if name not in rows and isinstance(kept.get(name), dict)
+    ]
+    if not missing:
+        return rows
+    known = {name: kept[name] for name in missing} | rows
+    order = dict.fromkeys(name for group in groups for name in group.names)
+    return {name: known[name] for name in (*order, *known) if name in known}
 
 
 def _save_adapter(plan: MergePlan, engine: Engine, folder: Path) -> MergeReport:

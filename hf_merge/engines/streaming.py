@@ -66,6 +66,13 @@ class StateDictSink:
         self.tensors[key] = tensor
 
 
+class Written(NamedTuple):
+    """A tensor that was written: its name on disk, and the report's rows of the parameters that it is of."""
+
+    key: str
+    rows: dict[str, dict[str, Any]]
+
+
 @dataclass
 class _Filler:
     """A sink that fills shards without finishing them."""
@@ -128,9 +135,9 @@ class StreamingEngine:
         sizes = {key: info.nbytes for group in pending for key, info in group.disk.items()}
         with progress(sum(sizes.values()), "Merging") as bar:
             if self.num_proc > 1 and len(pending) > 1 and isinstance(sink, ShardWriter) and self.can_fork():
-                self._merge_forked(pending, sink, lambda key: bar.update(sizes[key]))
+                self._merge_forked(pending, sink, lambda written: bar.update(sizes[written.key]))
             else:
-                self._merge(pending, sink, lambda key: bar.update(sizes[key]))
+                self._merge(pending, sink, lambda written: bar.update(sizes[written.key]))
         self.report.seconds["merge"] = time.perf_counter() - start
         for part in gather_report(self.ranks, self.report, self._noticed()):
             self._notice(part)
@@ -139,8 +146,8 @@ class StreamingEngine:
             self.report.notes.append(remark)
         return self.report
 
-    def _merge(self, groups: Iterable[SaveGroup], sink: Sink, tell: Callable[[str], Any]) -> None:
-        """Merges groups, writes their tensors and tells which are written."""
+    def _merge(self, groups: Iterable[SaveGroup], sink: Sink, tell: Callable[[Written], Any]) -> None:
+        """Merges groups, writes their tensors and tells of each that is written."""
         with ThreadPoolExecutor(1, "hf_merge-write") as writer:
             writing: Future | None = None
             for group, loaded in self._read_ahead(groups):
@@ -175,22 +182,22 @@ class StreamingEngine:
             and all(parameter.action == "copy" or self._in_pieces(parameter) for parameter in self.plan.parameters)
         )
 
-    def _merge_forked(self, groups: list[SaveGroup], sink: ShardWriter, written: Callable[[str], Any]) -> None:
+    def _merge_forked(self, groups: list[SaveGroup], sink: ShardWriter, tell: Callable[[Written], Any]) -> None:
         """[`~StreamingEngine._merge`] in this process and in forks of it, which all fill the same files."""
 
-        def work(part: Iterator[SaveGroup], tell: Callable[[str], None]) -> tuple[dict, dict, int]:
+        def work(part: Iterator[SaveGroup], tell: Callable[[Written], None]) -> tuple[dict, int]:
             before = process_memory()
             self._merge(part, _Filler(sink), tell)
-            return self.report.parameters, self._noticed(), self.report.peak_memory_bytes - before
+            return self._noticed(), self.report.peak_memory_bytes - before
 
-        def told(key: str) -> None:
-            sink.complete(key)
-            written(key)
+        def told(written: Written) -> None:
+            rows.update(written.rows)
+            sink.complete(written.key)
+            tell(written)
 
-        _, *others = run_forked(min(self.num_proc, len(groups)), groups, work, told)
         rows = self.report.parameters
-        for more, noticed, grown in others:
-            rows.update(more)
+        _, *others = run_forked(min(self.num_proc, len(groups)), groups, work, told)
+        for noticed, grown in others:
             self._notice(noticed)
             self.report.peak_memory_bytes += grown
         self.report.parameters = {name: rows[name] for group in groups for name in group.names}
@@ -402,10 +409,13 @@ class StreamingEngine:
 
     # -- writing --------------------------------------------------------------------------------------------------
 
-    def _write(self, group: SaveGroup, merged: Mapping[str, Tensor], sink: Sink, tell: Callable[[str], Any]) -> None:
+    def _write(
+        self, group: SaveGroup, merged: Mapping[str, Tensor], sink: Sink, tell: Callable[[Written], Any]
+    ) -> None:
+        rows = {name: self.report.parameters[name] for name in group.names}
         for key, tensor in on_disk(self.plan, group, merged).items():
             sink.write(key, tensor)
-            tell(key)
+            tell(Written(key, rows))
 
 
 class StepNorms(NamedTuple):

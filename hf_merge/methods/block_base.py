@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 from .base import FLOAT32, MergeMethod, TensorGroup
 from .groups import keyed_generator
+
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 class BlockMonitor:
@@ -79,11 +83,31 @@ class BlockInputs:
 class BlockActivations:
     """The activations of the calibration samples at one block, as an engine provides them.
 
+    Where several processes divide the samples among them, each holds some rows of every batch: a loss, a gradient or a Gram matrix
+    is that of the batch when [`~BlockActivations.all_reduce`] has summed the parts. All processes make the same calls of it and of
+    [`~BlockActivations.gather`] in the same order.
+
     **Attributes**:
-        - **batches** (`list[int]`) -- How many batches each task has at this block.
+        - **batches** (`list[int]`) -- How many batches each task has at this block, over all processes.
     """
 
     batches: list[int]
+
+    def held(self, task: int) -> Sequence[int]:
+        """The batches of a task that this process has samples of, in order."""
+        return range(self.batches[task])
+
+    def all_reduce(self, tensors: Mapping[K, Tensor]) -> dict[K, Tensor]:
+        """Sums over the processes, the same bits on all of them. A key that a process does not have counts as zero there.
+
+        Args:
+            tensors (`Mapping[K, torch.Tensor]`): Of equal shapes and dtypes on all processes. They may be overwritten.
+        """
+        return dict(tensors)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in their order; what can be pickled."""
+        return [value]
 
     def student(self, task: int, index: int) -> BlockInputs:
         """What the merged model's own prefix hands to the block."""
@@ -165,13 +189,13 @@ class BlockGroup:
         self.student.get_parameter(name).copy_(value)
 
     def student_inputs(self, task: int) -> Iterator[BlockInputs]:
-        """The batches of a task as the merged model sees them."""
-        for index in range(self.activations.batches[task]):
+        """The batches of a task as the merged model sees them, as far as they are held here."""
+        for index in self.activations.held(task):
             yield self.activations.student(task, index)
 
     def run_teacher(self, task: int) -> None:
-        """Runs the expert's block on all its batches, once; what hooks see, is seen now."""
-        for index in range(self.activations.batches[task]):
+        """Runs the expert's block on its batches that are held here, once; what hooks see, is seen now."""
+        for index in self.activations.held(task):
             self.activations.run_teacher(task, index)
 
     def random(self, purpose: str) -> np.random.Generator:
@@ -203,6 +227,16 @@ class BlockMethod(MergeMethod):
             settings ([`MergeConfig`]): The recipe.
         """
         return FLOAT32 * (experts + 1) * sum(map(math.prod, shapes.values()))
+
+    @classmethod
+    def divides_samples(cls, settings: Any) -> bool:
+        """Whether several processes may merge together, each with a part of the samples: `merge_block` sums over them, by
+        [`~BlockActivations.all_reduce`], whatever depends on samples. Otherwise one process merges.
+
+        Args:
+            settings ([`MergeConfig`]): The recipe.
+        """
+        return False
 
     def skip_blocks(self, settings: Any, norms: Callable[[], Mapping[str, float]]) -> set[str]:
         """Blocks that keep the values of `init`.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -29,7 +31,9 @@ from hf_merge import (
 )
 from hf_merge.checkpoints.conversion import Converter, plan_saving
 from hf_merge.checkpoints.storage import SafetensorsStorage
+from hf_merge.data.calibration import TaskSamples
 from hf_merge.engines import estimate as estimates
+from hf_merge.engines.estimate_blocks import Samples
 from hf_merge.engines.placement import Placement
 from hf_merge.engines.streaming import READ_AHEAD
 from hf_merge.kinds import ParameterKind
@@ -156,6 +160,59 @@ def test_blocks_need_a_work_folder_and_activations(bed, no_process: None) -> Non
     on_disk = merger.estimate(samples=64, tokens=32, args=ProDistillArguments(activation_cache="disk"))
     assert on_disk.memory["cpu"] < few.memory["cpu"]
     assert on_disk.disk > many.disk
+
+
+def leave_free(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=nbytes))
+
+
+def test_disk_has_to_hold_finished_blocks_too(bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merger = merger_of(bed, RegMeanConfig())
+    blocks = sum(p.info.nbytes for p in merger.plan.parameters if ".layers." in p.name)
+    leave_free(monkeypatch, merger.plan.nbytes + blocks - 1)
+    (problem,) = merger.problems(tmp_path / "out")
+    assert "Not enough disk space" in problem and "out.partial" in problem and "out.work" in problem
+    assert merger_of(bed, LinearConfig()).problems(tmp_path / "out") == []
+    leave_free(monkeypatch, merger.plan.nbytes + blocks)
+    assert merger.problems(tmp_path / "out") == []
+
+
+def test_what_a_killed_merge_left_needs_no_more_space(bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merger, out = merger_of(bed, RegMeanConfig()), tmp_path / "out"
+    needed = merger.estimate().disk
+    for folder, nbytes in (("out.work", 3000), ("out.partial", 2000)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "finished.safetensors").write_bytes(bytes(nbytes))
+    leave_free(monkeypatch, needed - 5000)
+    assert merger.problems(out) == []
+    leave_free(monkeypatch, needed - 5001)
+    assert len(merger.problems(out)) == 1
+
+
+def test_disk_has_to_hold_the_activations_of_the_samples(bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merger, args = merger_of(bed, RegMeanConfig()), ProDistillArguments(activation_cache="disk")
+    samples = {name: [{"input_ids": torch.arange(1, 33)}] * 64 for name in bed.experts}
+    leave_free(monkeypatch, merger.estimate(samples=64, tokens=32, args=args).disk - 1)
+    merges = tmp_path / "merges"
+    merges.mkdir()
+    assert merger.problems(merges / "out") == []
+    with pytest.raises(PlanError, match="Not enough disk space"):
+        merger.save_pretrained(merges / "out", data=samples, args=args)
+    assert not list(merges.iterdir())
+    merger.save_pretrained(merges / "out", data=samples)
+    assert (merges / "out" / "config.json").exists()
+
+
+def test_patches_of_images_are_counted() -> None:
+    rows = [
+        {"pixel_values": torch.zeros(3, 32, 16)},
+        {"input_ids": torch.zeros(9)},
+        {"input_features": torch.zeros(5, 5)},
+    ]
+    config = SimpleNamespace(patch_size=8)
+    assert Samples.of(TaskSamples([rows[:1]], {}, [{}]), config) == Samples(1, 9)
+    assert Samples.of(TaskSamples([rows[1:2] * 3, rows[1:2]], {}, [{}, {}]), config) == Samples(2, 9)
+    assert Samples.of(TaskSamples([rows[2:]], {}, [{}]), config) == Samples(1, 0)
 
 
 def test_regmean_holds_gram_matrices(bed, no_process: None) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -26,7 +25,7 @@ from hf_merge.engines.placement import Placement
 from hf_merge.engines.ranks import all_ranks
 from hf_merge.training.callback import on_main_process
 
-from ..processes import contents, start
+from ..processes import contents, free_port, launch
 from ..testing_utils import (
     Bed,
     assert_nothing_left,
@@ -48,51 +47,6 @@ CASES = {
     "wudi": ["wudi"],
     "wudi with equal norms": ["wudi", "--set", "equalize_norms=true"],
 }
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def as_rank(rank: int, size: int, port: int, then: Callable[[int], None] | None = None) -> None:
-    """Makes this process what a launcher makes it."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    if then is not None:
-        then(rank)
-
-
-def launch(
-    arguments: Sequence[str], size: int, logs: Path, then: Callable[[int], None] | None = None
-) -> tuple[list[int], list[str]]:
-    """Runs `hf-merge` on every rank; returns exit codes and what each printed.
-
-    Args:
-        arguments (`Sequence[str]`): Of the command line.
-        size (`int`): The number of ranks.
-        logs (`Path`): A folder for what they print.
-        then (`Callable`, *optional*): Called with the rank in its process before the command.
-    """
-    logs.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    files = [logs / f"rank{rank}.txt" for rank in range(size)]
-    processes = [
-        start(arguments, prepare=partial(as_rank, rank, size, port, then), log=file) for rank, file in enumerate(files)
-    ]
-    for process in processes:
-        process.join(120)
-    hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for rank in hung:
-        processes[rank].kill()
-    assert not hung, f"ranks {hung} hang"
-    return [process.exitcode for process in processes], [file.read_text() for file in files]
 
 
 def command(bed: Bed, out: Path, method: Sequence[str], *extra: str) -> list[str]:
@@ -277,6 +231,8 @@ def check_kill(bed: Bed, expected: Path, folder: Path, victim: int, count: int, 
     assert contents(out) == contents(expected)
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert {name: (out / name).stat().st_ino for name in finished} == finished, "finished files are kept"
+    rows, others = (json.loads((path / "merge_report.json").read_text())["parameters"] for path in (out, expected))
+    assert list(rows.items()) == list(others.items()), "so are their rows of the report"
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")

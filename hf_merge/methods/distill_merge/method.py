@@ -9,7 +9,7 @@ from ..model_base import ModelGroup, ModelInputs, ModelMethod
 from ..model_outputs import run_hidden, run_logits
 from ..model_training import ModelTraining
 from ..prodistill.coefficients import Coefficients
-from ..prodistill.losses import Loss, cosine_distance, divergence, spread, squared_error
+from ..prodistill.losses import Loss, cosine_distance, divergence, spread, squared_error, token_sums
 
 
 class DistillMerge(ModelMethod):
@@ -58,7 +58,9 @@ class HiddenLoss:
         self.distance = _DISTANCES[group.settings.loss]
         self.read = run_logits if group.settings.loss == "logits" else run_hidden
         self.targets = [self._targets(task) for task in range(len(group))]
-        self.scales = [spread(targets) if group.settings.loss == "relative" else 1.0 for targets in self.targets]
+        self.scales = [
+            spread(token_sums(targets)) if group.settings.loss == "relative" else 1.0 for targets in self.targets
+        ]
 
     @torch.no_grad()
     def _targets(self, task: int) -> list[Tensor]:

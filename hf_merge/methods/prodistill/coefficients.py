@@ -123,8 +123,18 @@ class ElementCoefficients:
                 vectors.append(found)
         self.optimizer = CoefficientAdam(list(self._weights.values()), vectors, **adam) if vectors else None
 
-    def update(self) -> None:
-        """Makes one step from the gradients of the weights, and clears them."""
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients of the weights that have one, by name."""
+        return {name: weight.grad for name, weight in self._weights.items() if weight.grad is not None}
+
+    def update(self, gradients: Mapping[str, Tensor]) -> None:
+        """Makes one step and clears the gradients.
+
+        Args:
+            gradients (`Mapping[str, torch.Tensor]`): Of the weights, as [`~ElementCoefficients.gradients`] gives them.
+        """
+        for name, weight in self._weights.items():
+            weight.grad = gradients.get(name)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -154,13 +164,23 @@ class SharedCoefficients:
         self, module: nn.Module, groups: Mapping[str, TensorGroup], granularity: str, adam: Mapping[str, Any]
     ):
         self._coefficients = Coefficients(module, groups, granularity)
-        tensors = self._coefficients.tensors
-        self.optimizer = torch.optim.Adam(tensors, **adam) if tensors else None
+        self._tensors = self._coefficients.tensors
+        self.optimizer = torch.optim.Adam(self._tensors, **adam) if self._tensors else None
         self.changes, self.freeze = self._coefficients.changes, self._coefficients.freeze
 
-    def update(self) -> None:
-        """Makes one step from the gradients of the weights, and clears them."""
+    def gradients(self) -> dict[int, Tensor]:
+        """The gradients of the coefficients, by number; clears those of the weights."""
         self._coefficients.collect_gradients()
+        return dict(enumerate(tensor.grad for tensor in self._tensors))
+
+    def update(self, gradients: Mapping[int, Tensor]) -> None:
+        """Makes one step.
+
+        Args:
+            gradients (`Mapping[int, torch.Tensor]`): Of the coefficients, as [`~SharedCoefficients.gradients`] gives them.
+        """
+        for number, gradient in gradients.items():
+            self._tensors[number].grad = gradient
         self.optimizer.step()
         self._coefficients.apply()
 

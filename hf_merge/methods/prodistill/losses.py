@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -28,13 +28,23 @@ def divergence(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-def spread(targets: Iterable[Tensor]) -> float:
-    """The variance of targets around their mean token, summed over channels; 1 when there is none. Each: (tokens, channels)."""
-    count, squares, total = 0, 0.0, 0.0
+def token_sums(targets: Iterable[Tensor]) -> dict[str, Tensor]:
+    """The number of tokens, Σ ‖t‖² and Σ t over tokens t, float64; empty without targets. Each: (tokens, channels)."""
+    sums: dict[str, Tensor] = {}
     for target in targets:
         target = target.double()
-        count += target.shape[0]
-        squares += float(target.square().sum())
-        total = total + target.sum(0)
-    variance = squares / count - float((total / count).square().sum())
+        count = torch.tensor(float(target.shape[0]), dtype=torch.float64)
+        one = {"count": count, "squares": target.square().sum(), "total": target.sum(0)}
+        sums = {key: sums[key] + value if key in sums else value for key, value in one.items()}
+    return sums
+
+
+def spread(sums: Mapping[str, Tensor]) -> float:
+    """The variance of tokens around their mean, summed over channels; 1 when there is none.
+
+    Args:
+        sums (`Mapping[str, torch.Tensor]`): As [`token_sums`] gives them.
+    """
+    count = float(sums["count"])
+    variance = float(sums["squares"]) / count - float((sums["total"] / count).square().sum())
     return variance if variance > 0 else 1.0

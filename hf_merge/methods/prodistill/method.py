@@ -15,7 +15,11 @@ from ..base import FLOAT32
 from ..block_base import BlockGroup, BlockInputs, BlockMethod
 from .coefficients import ElementCoefficients, SharedCoefficients
 from .config import ProDistillConfig
-from .losses import cosine_distance, spread, squared_error
+from .losses import cosine_distance, spread, squared_error, token_sums
+
+
+_LOSS = "the loss"
+"""The key of a loss among gradients, whose keys are names of parameters or numbers."""
 
 
 class ProDistill(BlockMethod):
@@ -32,6 +36,12 @@ class ProDistill(BlockMethod):
         training = experts + 2 + moments  # task vectors, the start, gradients, the optimizer's state
         reporting = (experts + 1 + moments) * sum(sizes) + (2 * experts + 5) * max(sizes, default=0)
         return FLOAT32 * max(loading * sum(sizes), training * sum(sizes), reporting)
+
+    @classmethod
+    def divides_samples(cls, settings: ProDistillConfig) -> bool:
+        start = settings.start_config()
+        method = get_merge_method(start.merge_type).method_cls
+        return not issubclass(method, BlockMethod) or method.divides_samples(start)
 
     def skip_blocks(self, settings: ProDistillConfig, norms: Callable[[], Mapping[str, float]]) -> set[str]:
         if not settings.skip_blocks:
@@ -69,7 +79,8 @@ def _coefficients(block: BlockGroup) -> ElementCoefficients | SharedCoefficients
 
 
 class _Training:
-    """The training of one block."""
+    """The training of one block. Several processes hold some rows of every batch each, and sum losses and gradients: an update is that
+    of the whole batch."""
 
     def __init__(self, block: BlockGroup, coefficients: ElementCoefficients | SharedCoefficients):
         self.block = block
@@ -110,25 +121,30 @@ class _Training:
         total = 0.0
         for step in range(self.steps):
             monitor.begin_step()
-            loss = 0.0
+            part = 0.0
             for inputs in self._of_step(orders, step):
                 one = self._loss(inputs)
                 one.backward()
-                loss += float(one.detach())
+                part += float(one.detach())
+            summed = self.block.activations.all_reduce({_LOSS: _scalar(part), **self.coefficients.gradients()})
+            loss = float(summed.pop(_LOSS))
             rate = self._learning_rate(epoch * self.steps + step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            self.coefficients.update()
+            self.coefficients.update(summed)
+            del summed  # the gradients, before the next ones are made
             total += loss
             if monitor.end_step(loss, rate):
                 break
         return total
 
     def _of_step(self, orders: list[np.ndarray], step: int) -> Iterator[BlockInputs]:
-        count = self.block.accumulation
+        count, activations = self.block.accumulation, self.block.activations
         for task, order in enumerate(orders):
-            for index in order[step * count : (step + 1) * count]:
-                yield self.block.activations.student(task, int(index))
+            held = activations.held(task)
+            for index in map(int, order[step * count : (step + 1) * count]):
+                if index in held:
+                    yield activations.student(task, index)
 
     def _loss(self, inputs: BlockInputs) -> Tensor:
         output = self.block.activations.run(self.block.student, inputs)
@@ -143,16 +159,22 @@ class _Training:
         if self.settings.loss != "relative" or not self.batches[task]:
             return 1.0
         inputs = self.block.student_inputs(task)
-        return spread(self._rows(one, self.block.activations.target(task, one.index)) for one in inputs)
+        sums = token_sums(self._rows(one, self.block.activations.target(task, one.index)) for one in inputs)
+        return spread(self.block.activations.all_reduce(sums))
 
     @torch.no_grad()
     def _evaluate(self) -> float:
         """The loss over all samples."""
         tasks = range(len(self.block))
-        return sum(float(self._loss(inputs)) for task in tasks for inputs in self.block.student_inputs(task))
+        part = sum(float(self._loss(inputs)) for task in tasks for inputs in self.block.student_inputs(task))
+        return float(self.block.activations.all_reduce({_LOSS: _scalar(part)})[_LOSS])
 
     def _learning_rate(self, step: int) -> float:
         rate = self.settings.learning_rate
         if self.settings.lr_scheduler == "cosine":
             rate *= 0.5 * (1 + math.cos(math.pi * step / (self.settings.epochs * self.steps)))
         return rate
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)

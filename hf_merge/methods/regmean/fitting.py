@@ -50,15 +50,19 @@ def fit_layers(block: BlockGroup) -> list[str]:
 
 
 def _stages(block: BlockGroup, groups: Mapping[str, TensorGroup]) -> list[list[str]]:
-    """The layers in the order of their calls; consecutive ones that read the same memory are one stage."""
+    """The layers in the order of their calls; consecutive ones that read the same memory are one stage. A process without samples
+    learns them from another one."""
+    inputs = next((one for task in range(len(block)) for one in block.student_inputs(task)), None)
+    found = [] if inputs is None else _stages_of(block, groups, inputs)
+    return next((stages for stages in block.activations.gather(found) if stages), [])
+
+
+def _stages_of(block: BlockGroup, groups: Mapping[str, TensorGroup], inputs: BlockInputs) -> list[list[str]]:
     calls: dict[str, tuple[int, torch.Size]] = {}
 
     def see(product: Product) -> None:
         calls.setdefault(product.name, (product.inputs.data_ptr(), product.inputs.shape))
 
-    inputs = next((one for task in range(len(block)) for one in block.student_inputs(task)), None)
-    if inputs is None:
-        return []
     kept = []  # inputs are kept alive, so that equal addresses mean equal tensors
     with ProductWatcher(block.student, groups, lambda product: (kept.append(product.inputs), see(product))):
         block.activations.run(block.student, inputs)
@@ -91,7 +95,15 @@ def _moments_of_task(block: BlockGroup, task: int, groups: Mapping[str, TensorGr
             one.gram += rows.mT @ rows
             one.residual += error.mT @ rows
             one.count += rows.shape[0]
-    return moments
+    return _all_reduce(block, moments)
+
+
+def _all_reduce(block: BlockGroup, moments: Mapping[str, _Moments]) -> dict[str, _Moments]:
+    """The sums over the processes that hold the samples."""
+    grams = block.activations.all_reduce({name: one.gram for name, one in moments.items()})
+    residuals = block.activations.all_reduce({name: one.residual for name, one in moments.items()})
+    counts = block.activations.all_reduce({name: torch.tensor(one.count) for name, one in moments.items()})
+    return {name: _Moments(grams[name], residuals[name], int(counts[name])) for name in grams}
 
 
 def _products(block: BlockGroup, module, inputs: BlockInputs, groups: Mapping[str, TensorGroup]) -> dict[str, Product]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import TensorGroup
-from ..block_base import BlockInputs
+from ..block_base import BlockGroup, BlockInputs
 from ..linalg import sum_dtype
 from .products import EXPERT_KINDS, Product, ProductWatcher
 
@@ -70,6 +70,13 @@ class GramCollector:
         rows = rows.float()
         gram.matrix[place] += rows.mT @ rows
         gram.count[place] += int(rows.any(dim=-1).sum())
+
+
+def all_reduce_grams(block: BlockGroup, grams: Mapping[str, Gram]) -> dict[str, Gram]:
+    """The sums over the processes that hold the samples."""
+    matrices = block.activations.all_reduce({name: gram.matrix for name, gram in grams.items()})
+    counts = block.activations.all_reduce({name: gram.count for name, gram in grams.items()})
+    return {name: Gram(matrix, counts[name]) for name, matrix in matrices.items()}
 
 
 def _hide_padding(mixture: nn.Module, inputs: BlockInputs) -> Any:

@@ -15,7 +15,7 @@ from ..base import FLOAT32, LINEAR_KINDS, ParameterKind, TensorGroup
 from ..block_base import BlockGroup, BlockMethod
 from ..linalg import solve_symmetric
 from .fitting import fit_layers
-from .gram import Gram, GramCollector
+from .gram import Gram, GramCollector, all_reduce_grams
 from .products import EXPERT_KINDS
 
 
@@ -38,6 +38,10 @@ class RegMean(BlockMethod):
         grams = 2 * FLOAT32 * (experts * sum(square) + 3 * max(square, default=0))
         return grams + super().working_memory(shapes, experts, settings)
 
+    @classmethod
+    def divides_samples(cls, settings: Any) -> bool:
+        return True
+
     def merge_block(self, block: BlockGroup) -> None:
         groups = {name: group for name, group in block.parameters.items() if group.kind in LINEAR_KINDS}
         grams = [self.grams_of(block, task, groups) for task in range(len(block))]
@@ -56,10 +60,10 @@ class RegMean(BlockMethod):
     def grams_of(self, block: BlockGroup, task: int, groups: dict[str, TensorGroup]) -> dict[str, Gram]:
         """The Gram matrices of one task, by parameter."""
         collector = GramCollector(block.experts[task], groups)
-        for index in range(block.activations.batches[task]):
+        for index in block.activations.held(task):
             with collector.observing(block.activations.teacher(task, index)):
                 block.activations.run_teacher(task, index)
-        return collector.grams
+        return all_reduce_grams(block, collector.grams)
 
 
 class RegMeanPlusPlus(RegMean):
@@ -77,7 +81,7 @@ class RegMeanPlusPlus(RegMean):
         for inputs in block.student_inputs(task) if groups else ():
             with collector.observing(inputs):
                 block.activations.run(block.experts[task], inputs)
-        return collector.grams
+        return all_reduce_grams(block, collector.grams)
 
 
 def merge_layer(group: TensorGroup, grams: Sequence[Gram | None], start: Tensor, solve: Solve) -> Tensor:
