@@ -29,6 +29,7 @@ from .cli_recipes import (
     Dtype,
     Experts,
     Method,
+    Processes,
     Recipe,
     Settings,
     TrustRemoteCode,
@@ -74,14 +75,7 @@ def run(
     dtype: Dtype = None,
     max_shard_size: Annotated[str, typer.Option(help="The largest weight file.")] = "5GB",
     device_map: Device = None,
-    num_proc: Annotated[
-        int | None,
-        typer.Option(
-            help="How many processes merge; by default one on each processor, as far as the memory goes.",
-            min=1,
-            show_default=False,
-        ),
-    ] = None,
+    num_proc: Processes = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -135,6 +129,7 @@ def plan(
     device_map: Device = None,
     samples: Annotated[int, typer.Option(help="For methods that need data: samples of each task.", min=0)] = 0,
     tokens: Annotated[int, typer.Option(help="And tokens of each sample.", min=0)] = 0,
+    num_proc: Processes = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -142,7 +137,7 @@ def plan(
     merger = open_merger(recipe, method, expert, base, settings, dtype, device_map, trust_remote_code)
     problems = merger.problems(out)
     if not problems:
-        merger.estimate(out, samples=samples, tokens=tokens)
+        merger.estimate(out, samples=samples, tokens=tokens, num_proc=num_proc or "auto")
     if as_json:
         typer.echo(json.dumps(merger.plan.to_dict() | {"problems": problems}))
     else:

@@ -43,6 +43,15 @@ Device = Annotated[
     str | None,
     typer.Option("--device-map", help="Where the arithmetic is done: cpu, auto, cuda:0.", show_default=False),
 ]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--num-proc",
+        help="How many processes merge; by default one on each processor, as far as the memory goes.",
+        min=1,
+        show_default=False,
+    ),
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the models' repositories.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 

@@ -163,6 +163,7 @@ class Merger(HubMixin):
         samples: int = 0,
         tokens: int = 0,
         args: Any = None,
+        num_proc: int | str | None = None,
     ) -> Estimate:
         """What the merge will take: bytes read and written, disk, peak memory by device, and, where no samples are needed, time. The
         time comes from merging small random tensors on this machine, which takes some tenths of a second; no weight is read.
@@ -172,6 +173,7 @@ class Merger(HubMixin):
             samples (`int`): For methods that need samples: how many each task will have.
             tokens (`int`): And how many tokens, or patches, each of them.
             args ([`ProDistillArguments`], *optional*): For such methods: as in [`~Merger.merge`].
+            num_proc (`int` or `str`, *optional*): As in [`~Merger.save_pretrained`].
 
         Raises:
             PlanError: The models cannot be merged; lists every reason.
@@ -184,7 +186,9 @@ class Merger(HubMixin):
             options = engine_options(args, None)
         folder = Path(save_directory).absolute() if save_directory is not None else None
         size = Samples(samples, tokens)
-        self.plan.estimate = estimate_merge(self.plan, self.placement, size, options, timed=True, folder=folder)
+        self.plan.estimate = estimate_merge(
+            self.plan, self.placement, size, options, timed=True, folder=folder, num_proc=checked_num_proc(num_proc)
+        )
         return self.plan.estimate
 
     def problems(self, save_directory: str | os.PathLike | None = None) -> list[str]:
@@ -442,8 +446,7 @@ class Merger(HubMixin):
         is_shared: bool = True,
     ) -> None:
         """Saves on all ranks together, where they see the folder."""
-        if not (num_proc in (None, "auto") or type(num_proc) is int and num_proc >= 1):
-            raise ConfigError(f"num_proc must be a number of processes or 'auto', got {num_proc!r}.")
+        num_proc = checked_num_proc(num_proc)
 
         def save(ranks: Ranks) -> MergeReport:
             if self.model is None:
@@ -482,6 +485,13 @@ _SAVE_ARGUMENTS = (
     "num_proc",
 )
 _UPLOAD_ARGUMENTS = ("commit_message", "private", "token", "revision", "create_pr")
+
+
+def checked_num_proc(num_proc: Any) -> int | str | None:
+    """The argument `num_proc`, or a [`ConfigError`]."""
+    if num_proc in (None, "auto") or type(num_proc) is int and num_proc >= 1:
+        return num_proc
+    raise ConfigError(f"num_proc must be a number of processes or 'auto', got {num_proc!r}.")
 
 
 def default_config(base_known: bool) -> MergeConfig:

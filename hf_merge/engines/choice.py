@@ -26,7 +26,7 @@ from .backbones import BackboneEngine
 from .blockwise import BlockwiseEngine
 from .calibrated import initial_plan
 from .end_to_end import EndToEndEngine
-from .estimate import Estimate, streaming_memory, traffic
+from .estimate import Estimate, count_processes, streaming_memory, traffic
 from .estimate_blocks import Samples, block_disk, blockwise_memory
 from .mixture_plan import build_mixture_plan
 from .mixtures import MixtureEngine
@@ -194,6 +194,7 @@ def estimate_merge(
     *,
     timed: bool = False,
     folder: Path | None = None,
+    num_proc: int | str | None = None,
 ) -> Estimate:
     """What a checked plan takes when it is written to a folder.
 
@@ -204,6 +205,7 @@ def estimate_merge(
         options ([`EngineOptions`], *optional*): For the engines that need data.
         timed (`bool`): Whether to try how long it takes.
         folder (`Path`, *optional*): Where the result goes.
+        num_proc (`int` or `str`, *optional*): As in [`count_processes`].
     """
     method = get_merge_method(plan.config.merge_type).method_cls
     by_block = issubclass(method, BlockMethod)
@@ -218,8 +220,10 @@ def estimate_merge(
     elif streamed:
         target = plan.target
         groups = plan_saving(target.converter, target.layout, plan.outputs)
-        estimate.memory = streaming_memory(plan, placement, groups)
-        estimate.seconds = merge_seconds(plan, placement, estimate.bytes_read, folder) if timed else None
+        if tensor_engine(plan, placement).can_fork():
+            estimate.num_proc = min(count_processes(plan, placement, groups, num_proc), len(groups))
+        estimate.memory = streaming_memory(plan, placement, groups, estimate.num_proc)
+        estimate.seconds = merge_seconds(plan, placement, estimate, folder) if timed else None
     else:
         estimate.notes.append(f"memory and time are not estimated for this merge with '{plan.config.merge_type}'")
     return estimate

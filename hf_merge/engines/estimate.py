@@ -36,6 +36,7 @@ class Estimate:
         - **disk** (`int`) -- Bytes on the disk of the output before the merge is complete: the result, and finished blocks.
         - **memory** (`dict[str, int]`) -- The peak of each device in bytes; on `"cpu"` with the process as it is now. Empty where
           it is not known.
+        - **num_proc** (`int`) -- How many processes of this machine merge.
         - **seconds** (`float`, *optional*) -- Wall time, extrapolated from merging small random tensors on this machine.
         - **notes** (`list[str]`) -- What the figures leave out.
     """
@@ -44,6 +45,7 @@ class Estimate:
     bytes_written: int
     disk: int
     memory: dict[str, int] = field(default_factory=dict)
+    num_proc: int = 1
     seconds: float | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -53,7 +55,8 @@ class Estimate:
         ]
         if self.memory:
             devices = ", ".join(f"{size(nbytes)} on {device}" for device, nbytes in self.memory.items())
-            lines.append(f"  estimate: peak memory {devices}")
+            processes = f", in {self.num_proc} processes" if self.num_proc > 1 else ""
+            lines.append(f"  estimate: peak memory {devices}{processes}")
         if self.seconds is not None:
             lines.append(f"  estimate: about {duration(self.seconds)}")
         return "\n".join(lines + [f"  estimate: {note}" for note in self.notes])

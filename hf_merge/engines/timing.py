@@ -18,7 +18,7 @@ from ..checkpoints.storage import TensorInfo
 from ..kinds import ParameterKind
 from ..methods.base import LinearMethod
 from ..registry import get_merge_method
-from .estimate import sources_of, surveys
+from .estimate import Estimate, sources_of, surveys
 from .forks import processors
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
@@ -37,18 +37,19 @@ ASSUMED_RATE = 1e9
 _STACKED = (ParameterKind.EXPERT_LINEAR, ParameterKind.TRANSPOSED_EXPERT_LINEAR)
 
 
-def merge_seconds(plan: MergePlan, placement: Placement, read: int, folder: Path | None = None) -> float:
+def merge_seconds(plan: MergePlan, placement: Placement, estimate: Estimate, folder: Path | None = None) -> float:
     """The wall time of a streamed merge: reading, computing and writing overlap as far as there are processors for them.
 
     Args:
         plan ([`MergePlan`]): A plan of data-free methods.
         placement ([`Placement`]): Where the arithmetic is done.
-        read (`int`): Bytes that are read.
+        estimate ([`Estimate`]): What is read, and how many processes merge.
         folder (`Path`, *optional*): Where the result goes; the disk of the system's temporary folder is tried when not given.
     """
     reading, writing = disk_rates(folder)
-    parts = [read / reading, compute_seconds(plan, placement), plan.nbytes / writing]
-    return max(*parts, sum(parts) / min(len(parts), processors()))
+    read, compute, write = estimate.bytes_read / reading, compute_seconds(plan, placement), plan.nbytes / writing
+    at_once = min(2 + estimate.num_proc, processors())
+    return max(read, compute / estimate.num_proc, write, (read + compute + write) / at_once)
 
 
 def compute_seconds(plan: MergePlan, placement: Placement) -> float:
