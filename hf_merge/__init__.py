@@ -79,6 +79,7 @@ _EXPORTS = {
     "methods.adamerging": ["AdaMergingConfig", "AdaMergingPlusPlusConfig"],
     "methods.direct_train": ["DirectTrainConfig"],
     "methods.distill_merge": ["DirectDistillConfig", "DistillMergeConfig"],
+    "methods.ensemble": ["EnsembleConfig"],
     "methods.fisher": ["FisherConfig"],
     "methods.fs_merge": ["FsMergeConfig", "KdConfig"],
     "methods.alignment": ["GitRebasinConfig", "OtFusionConfig", "ZipItConfig"],

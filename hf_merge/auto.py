@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from .checkpoints.source import ModelSource, load_config, open_source
 from .checkpoints.storage import open_storage
 from .config import CONFIG_NAME, MergeConfig
+from .engines.ensembles import member_folders, with_planned_members, with_saved_members
 from .engines.lazy import LazyModel, LazyTensor, lazy_source, under_head
 from .engines.sealing import HEADS_FOLDER
 from .engines.twin_parts import TwinParts
@@ -36,7 +37,8 @@ class AutoMergeConfig:
 
 class AutoMergedModel:
     """Loads a merged model: a folder written by [`Merger.save_pretrained`] under any task's head, or a recipe
-    (`merge_config.json` without weights), which is merged while loading, parameter by parameter, with nothing on disk."""
+    (`merge_config.json` without weights), which is merged while loading, parameter by parameter, with nothing on disk. The result of
+    `"ensemble"` is one model that runs all experts."""
 
     auto_class: ClassVar[str] = "AutoModel"
 
@@ -110,16 +112,21 @@ class AutoMergedModel:
         )
         model = merger.lazy_model(task)
         cls._check_class(model.model_class, model.config)
-        return model.load(**kwargs)
+        loaded = model.load(**kwargs)
+        return with_planned_members(merger.plan, loaded, **kwargs) if merger.plan.members else loaded
 
     @classmethod
     def _whole(cls, merged: ModelSource, folder: Path, twin: TwinParts | None, kwargs: dict) -> PreTrainedModel:
-        """The folder under its own head, with the parts of all tasks where there are some."""
+        """The folder under its own head, with the parts of all tasks, or the other members of the ensemble, where there are some."""
         cls._check_class(merged.model_class, merged.config)
-        if twin is None:
+        members = member_folders(folder)
+        if twin is None and not members:
             return merged.model_class.from_pretrained(folder, **kwargs)
         _refuse_loading_info(kwargs)
         model = merged.model_class.from_pretrained(folder, **kwargs)
+        if members:
+            others = [merged.model_class.from_pretrained(path, **kwargs) for path in members]
+            return with_saved_members(folder, model, others)
         twin.install(model)
         return model
 

@@ -18,7 +18,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from .config import CONFIG_NAME, MergeConfig
 from .errors import OutputError
+from .methods.output_base import OutputMethod
 from .papers import bibtex, papers_of
+from .registry import get_merge_method
 
 
 CARD_NAME = "README.md"
@@ -121,12 +123,19 @@ def _model_text(config: MergeConfig, tasks: Sequence[str], class_name: str) -> s
             f'model = AutoMergedModel.from_pretrained("path/to/this/model", task="{tasks[-1]}")\n```\n\n'
             f"Tasks: {', '.join(f'`{task}`' for task in tasks)}.\n"
         )
+    loader = "hf_merge" if _is_ensemble(config) else "transformers"
+    loaded = "AutoMergedModel" if _is_ensemble(config) else class_name
     return (
         f"# Merged model\n\nThis model was merged with [hf_merge](https://pypi.org/project/hf_merge) by the method "
         f"`{config.merge_type}` from:\n\n{_experts(config)}\n{base}\n"
-        f'```python\nfrom transformers import {class_name}\n\nmodel = {class_name}.from_pretrained("path/to/this/model")\n```\n'
+        f'```python\nfrom {loader} import {loaded}\n\nmodel = {loaded}.from_pretrained("path/to/this/model")\n```\n'
         f"{heads}"
     )
+
+
+def _is_ensemble(config: MergeConfig) -> bool:
+    """Whether the files are several models, which plain transformers does not load together."""
+    return issubclass(get_merge_method(config.merge_type).method_cls, OutputMethod)
 
 
 def _adapter_text(config: MergeConfig, tasks: Sequence[str], class_name: str, base: str | None) -> str:

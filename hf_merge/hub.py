@@ -12,6 +12,7 @@ from .errors import CheckpointError, ConfigError, OutputError, suggest
 
 
 HEADS_FOLDER = "heads"
+MEMBERS_FOLDER = "members"
 CONFIG_NAME = "merge_config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"  # PEFT's
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")

@@ -30,6 +30,7 @@ from .engines.choice import (
     is_divisible,
     plan_merge,
 )
+from .engines.ensembles import with_planned_members
 from .engines.estimate import Estimate
 from .engines.estimate_blocks import Samples, finished_blocks
 from .engines.lazy import LazyModel, lazy_merge
@@ -248,6 +249,8 @@ class Merger(HubMixin):
         self.model = assemble(
             plan.target.model_class, result_config(plan), sink.tensors, result_dtype(plan), generation_config
         )
+        if plan.members:
+            with_planned_members(plan, self.model)
         return self.model
 
     def _prepare(

@@ -37,6 +37,11 @@ PAPERS: dict[str, Paper] = {
         "Adriana Romero, Nicolas Ballas, Samira Ebrahimi Kahou, Antoine Chassang, Carlo Gatta, Yoshua Bengio",
         2014,
     ),
+    "1612.01474": Paper(
+        "Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles",
+        "Balaji Lakshminarayanan, Alexander Pritzel, Charles Blundell",
+        2016,
+    ),
     "1910.05653": Paper(
         "Model Fusion via Optimal Transport",
         "Sidak Pal Singh, Martin Jaggi",

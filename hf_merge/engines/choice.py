@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from ..methods.base import TensorMethod
 from ..methods.block_base import BlockMethod
 from ..methods.mixture_base import MixtureMethod
 from ..methods.model_base import ModelMethod
+from ..methods.output_base import OutputMethod
 from ..registry import get_merge_method
 from .adapter_output import plan_adapter
 from .adapters import all_adapters, tensor_engine
@@ -26,8 +28,10 @@ from .backbones import BackboneEngine
 from .blockwise import BlockwiseEngine
 from .calibrated import initial_plan
 from .end_to_end import EndToEndEngine
-from .estimate import Estimate, count_processes, streaming_memory, traffic
+from .ensembles import build_ensemble_plan
+from .estimate import Estimate, count_processes, streaming_memory, together, traffic
 from .estimate_blocks import Samples, block_disk, blockwise_memory
+from .estimate_models import end_to_end_memory
 from .mixture_plan import build_mixture_plan
 from .mixtures import MixtureEngine
 from .options import EngineOptions
@@ -35,13 +39,17 @@ from .placement import Placement
 from .plan import MergePlan
 from .planning import build_plan
 from .report import MergeReport
-from .streaming import Sink
+from .streaming import Sink, StreamingEngine
 from .surgery import SurgeryEngine, plan_surgery
 from .timing import merge_seconds
 from .twin import TwinEngine, plan_twin
 
 
-_PLANS = {BackboneMethod: build_backbone_plan, MixtureMethod: build_mixture_plan}
+_PLANS = {
+    BackboneMethod: build_backbone_plan,
+    MixtureMethod: build_mixture_plan,
+    OutputMethod: build_ensemble_plan,
+}
 
 
 class Engine(Protocol):
@@ -168,6 +176,8 @@ def choose_engine(
         return BackboneEngine(plan, placement, data, options)
     if issubclass(method, TensorMethod):
         return tensor_engine(plan, placement)
+    if issubclass(method, OutputMethod):
+        return StreamingEngine(plan, placement)
     raise NotImplementedError(f"{method.__name__} follows none of the contracts of hf_merge.methods")
 
 
@@ -207,9 +217,12 @@ def estimate_merge(
         folder (`Path`, *optional*): Where the result goes.
         num_proc (`int` or `str`, *optional*): As in [`count_processes`].
     """
+    if plan.members:
+        parts = [replace(one, config=plan.config, members={}) for one in (plan, *plan.members.values())]
+        return together([estimate_merge(one, placement, timed=timed, folder=folder) for one in parts])
     method = get_merge_method(plan.config.merge_type).method_cls
     by_block = issubclass(method, BlockMethod)
-    streamed = issubclass(method, TensorMethod) and not all_adapters(plan.experts)
+    streamed = issubclass(method, (TensorMethod, OutputMethod)) and not all_adapters(plan.experts)
     estimate = traffic(plan, by_parameter=by_block or streamed)
     if by_block:
         samples = samples or Samples(0, 0)
@@ -217,6 +230,16 @@ def estimate_merge(
         estimate.disk = block_disk(plan, samples, options)
         if not samples.count:
             estimate.notes.append("without the activations of samples: say how many there are")
+    elif issubclass(method, ModelMethod):
+        samples = samples or Samples(0, 0)
+        estimate.memory = end_to_end_memory(plan, placement, samples, options)
+        if not estimate.memory:
+            estimate.notes.append(f"the memory of '{plan.config.merge_type}' is not estimated")
+        elif not samples.count:
+            estimate.notes.append("without the activations of samples: say how many there are")
+        start = plan.config.start_config().merge_type
+        if issubclass(get_merge_method(start).method_cls, BlockMethod):
+            estimate.notes.append(f"without the start, which '{start}' makes block by block")
     elif streamed:
         target = plan.target
         groups = plan_saving(target.converter, target.layout, plan.outputs)

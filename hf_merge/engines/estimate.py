@@ -66,6 +66,22 @@ class Estimate:
         return dict(vars(self))
 
 
+def together(estimates: Sequence[Estimate]) -> Estimate:
+    """What several merges take, one after another, when their results make one folder."""
+    devices = {device for one in estimates for device in one.memory}
+    is_known = all(one.memory for one in estimates)
+    seconds = [one.seconds for one in estimates]
+    return Estimate(
+        sum(one.bytes_read for one in estimates),
+        sum(one.bytes_written for one in estimates),
+        sum(one.disk for one in estimates),
+        memory={device: max(one.memory.get(device, 0) for one in estimates) for device in devices} if is_known else {},
+        num_proc=max(one.num_proc for one in estimates),
+        seconds=sum(seconds) if None not in seconds else None,
+        notes=list(dict.fromkeys(note for one in estimates for note in one.notes)),
+    )
+
+
 def size(nbytes: int) -> str:
     """Bytes in words, in units of 1000."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9)):
@@ -193,7 +209,7 @@ def _timeline(
             0,
         )  # the next group to read, the bytes counted towards READ_AHEAD, the result before
         for place, index in enumerate(part):
-            while ahead < len(part) and (ahead <= place or waiting + limits[ahead] <= READ_AHEAD):
+            while ahead < len(part) and (ahead <= place or waiting + limits[ahead] <= READ_AHEAD // num_proc):
                 waiting += limits[ahead]
                 ahead += 1
             waiting -= limits[place]

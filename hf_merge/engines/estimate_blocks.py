@@ -157,12 +157,13 @@ def block_memory(
     tokens = min(plan.config.batch_size, samples.count) * samples.tokens
     entries = sum(p.info.numel for p in parameters)
     casts = 2 * entries if options.bf16 else 0
-    return FLOAT32 * entries + base + held + casts + _saved_by_autograd(merged, tokens)
+    return FLOAT32 * entries + base + held + casts + saved_by_autograd(merged, tokens)
 
 
-def _saved_by_autograd(parameters: Sequence[PlannedParameter], tokens: int) -> int:
+def saved_by_autograd(parameters: Sequence[PlannedParameter], tokens: int, factor: float = SAVED_ACTIVATIONS) -> int:
+    """Bytes that the linear layers of a forward, and what lies between them, keep for the backward of so many tokens."""
     widths = sum(sum(p.info.shape[-2:]) for p in parameters if p.kind in LINEAR_KINDS)
-    return int(SAVED_ACTIVATIONS * FLOAT32 * widths * tokens)
+    return int(factor * FLOAT32 * widths * tokens)
 
 
 def activations(plan: MergePlan, samples: Samples, options: EngineOptions) -> int:

@@ -84,7 +84,7 @@ def plan_heads(policy: str, experts: Sequence[ModelSource], dtype: torch.dtype |
         }
         if difference:
             decision.notes.append(f"heads are kept per task: {difference}")
-    elif policy == "auto" and len(experts) > 1 and _generic(experts[0]):
+    elif policy == "auto" and len(experts) > 1 and has_generic_labels(experts[0]):
         decision.notes.append(
             "the heads have the same shapes and no label names to tell tasks apart: they are merged into one "
             "(heads='per_task' keeps each)"
@@ -92,9 +92,9 @@ def plan_heads(policy: str, experts: Sequence[ModelSource], dtype: torch.dtype |
     return decision
 
 
-def _generic(source: ModelSource) -> bool:
+def has_generic_labels(source: ModelSource) -> bool:
     """Whether a classifier's labels are the default names, which say nothing about its task."""
-    labels = _labels(source)
+    labels = label_names(source)
     return bool(labels) and all(name == f"LABEL_{index}" for index, name in labels.items())
 
 
@@ -116,12 +116,13 @@ def _difference(experts: Sequence[ModelSource], heads: dict[str, dict[str, Tenso
                 return f"only one of {pair} has '{name}'"
             if ours[name].shape != theirs[name].shape:
                 return f"'{name}' is {ours[name].shape} in '{first.name}' and {theirs[name].shape} in '{other.name}'"
-        if _labels(first) != _labels(other):
+        if label_names(first) != label_names(other):
             return f"the label names of {pair} differ"
     return ""
 
 
-def _labels(source: ModelSource) -> dict:
+def label_names(source: ModelSource) -> dict[int, str]:
+    """The names of a classifier's labels."""
     return dict(getattr(source.config, "id2label", None) or {})
 
 

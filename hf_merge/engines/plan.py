@@ -92,6 +92,7 @@ class MergePlan:
         problems (`list[str]`): What prevents the merge.
         adapter ([`AdapterLayout`], *optional*): The files of the result, where it is an adapter.
         twin ([`TwinParts`], *optional*): What an engine keeps of every expert beside the merged weights.
+        members (`dict[str, MergePlan]`): The experts that are kept whole beside the result, each by the plan that copies it.
         merged ([`ModelSource`], *optional*): The result's class, config and parameters, where they are not the first expert's.
         estimate ([`Estimate`], *optional*): What the merge is expected to take, when it was asked for.
     """
@@ -107,6 +108,7 @@ class MergePlan:
     merged: ModelSource | None = None
     adapter: Any = None
     twin: Any = None
+    members: dict[str, MergePlan] = field(default_factory=dict)
     estimate: Any = None
 
     @property
@@ -131,11 +133,12 @@ class MergePlan:
 
     @property
     def nbytes(self) -> int:
-        """The size of the result, heads included."""
+        """The size of the result, heads and members included."""
         if self.adapter is not None:
             return (1 + len(self.heads)) * sum(info.nbytes for info in self.adapter.infos.values())
         heads = sum(info.nbytes for head in self.heads.values() for info in head.outputs.values())
-        return heads + sum(parameter.info.nbytes for parameter in self.parameters)
+        members = sum(member.nbytes for member in self.members.values())
+        return heads + members + sum(parameter.info.nbytes for parameter in self.parameters)
 
     def resolved_recipe(self) -> MergeConfig:
         """The recipe with the models that it is carried out on, their revisions resolved to commits."""
@@ -169,6 +172,8 @@ class MergePlan:
         for task, head in self.heads.items():
             whole = ", with the whole adapter" if self.adapter is not None else ""
             lines.append(f"  head of '{task}': {', '.join(head.outputs)} -> heads/{task}/{whole}")
+        for name, member in self.members.items():
+            lines.append(f"  member '{name}': {len(member.parameters)} parameters -> members/{name}/")
         for (model, reason), count in Counter((d.model, d.reason) for d in self.dropped).items():
             lines.append(f"  not used: {count} tensor(s) of '{model}': {reason}")
         lines += [f"  note: {note}" for note in self.notes]
@@ -197,6 +202,7 @@ class MergePlan:
                 for p in self.parameters
             ],
             "heads": {task: list(head.outputs) for task, head in self.heads.items()},
+            "members": list(self.members),
             "dropped": [vars(entry) for entry in self.dropped],
             "notes": self.notes,
             "problems": self.problems,

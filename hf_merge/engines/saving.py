@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 from ..checkpoints.conversion import SaveGroup, plan_saving
 from ..checkpoints.folder import OutputFolder
 from ..checkpoints.layout import CheckpointLayout, plan_layout
+from ..hub import MEMBERS_FOLDER
 from .adapter_output import AdapterSink, checkpoint_layout, seal_adapter
-from .choice import Engine, is_divisible
+from .choice import Engine
 from .division import run_part, shared_output
 from .estimate import count_processes
 from .identity import fingerprint
+from .placement import Placement
 from .plan import MergePlan
 from .ranks import Ranks
 from .report import MergeReport
@@ -70,7 +72,7 @@ def save_merge(
     """Runs the engine into a folder. Inside a step of all ranks.
 
     Args:
-        ranks ([`Ranks`]): Who merges; several only where [`is_divisible`] says so.
+        ranks ([`Ranks`]): Who merges; several only where `is_divisible` says so.
         plan ([`MergePlan`]): A checked plan.
         engine ([`Engine`]): Of the plan.
         folder (`Path`): The folder.
@@ -80,7 +82,7 @@ def save_merge(
     if plan.adapter is not None:
         return _save_adapter(plan, engine, folder)
     groups, layout = _files(plan, max_shard_size)
-    if isinstance(engine, StreamingEngine) and is_divisible(plan):
+    if isinstance(engine, StreamingEngine) and engine.can_fork():
         engine.num_proc = count_processes(plan, engine.placement, groups, num_proc, ranks.size)
     with shared_output(ranks, folder, plan, layout, engine.identity) as output:
         kept = output.kept_rows()
@@ -89,6 +91,7 @@ def save_merge(
         report = engine.run(groups, output) if ranks.size == 1 else run_part(ranks, engine, groups, output)
         report.parameters = _completed(report.parameters, kept, groups)
         if ranks.is_first:
+            _save_members(plan, output.partial, max_shard_size)
             seal(plan, output, report)
     return report
 
@@ -136,7 +139,15 @@ def save_model(
             merged = {name: state[name].to("cpu", plan.outputs[name].dtype) for name in group.names}
             for key, tensor in on_disk(plan, group, merged).items():
                 output.write(key, tensor)
+        _save_members(plan, output.partial, max_shard_size)
         seal(plan, output, report)
+
+
+def _save_members(plan: MergePlan, folder: Path, max_shard_size: int | str) -> None:
+    """Writes the experts that are kept whole, each as a folder that loads by itself."""
+    for name, member in plan.members.items():
+        engine = StreamingEngine(member, Placement())
+        save_merge(Ranks(), member, engine, folder / MEMBERS_FOLDER / name, max_shard_size)
 
 
 def _files(plan: MergePlan, max_shard_size: int | str) -> tuple[list[SaveGroup], CheckpointLayout]:

@@ -40,7 +40,7 @@ from .report import MergeReport, peak_memory_bytes, process_memory
 logger = logging.getLogger(__name__)
 
 READ_AHEAD = 2**26
-"""How many bytes of stored tensors are read ahead of the group being merged; always at least one group."""
+"""How many bytes of stored tensors all processes together read ahead of the groups being merged; each at least one group."""
 SURVEYED_TOGETHER = 16
 """How many parameters each of several ranks looks at before they exchange what they saw: it bounds what is held of it."""
 
@@ -213,7 +213,7 @@ class StreamingEngine:
             try:
                 while waiting or following is not None:
                     while following is not None and (
-                        not waiting or self._stored_bytes(waiting, following) <= READ_AHEAD
+                        not waiting or self._stored_bytes(waiting, following) <= READ_AHEAD // self.num_proc
                     ):
                         waiting.append((following, reader.submit(self._read_group, following.names)))
                         following = next(remaining, None)
@@ -329,8 +329,8 @@ class StreamingEngine:
 
     def _in_pieces(self, parameter: PlannedParameter) -> bool:
         """Whether the parameter is merged in many short operations."""
-        method = self._method(parameter.settings.merge_type)
-        return parameter.action == "mean" or isinstance(method, ElementwiseMethod)
+        method = get_merge_method(parameter.settings.merge_type).method_cls
+        return parameter.action == "mean" or issubclass(method, ElementwiseMethod)
 
     def _steps(self, parameter: PlannedParameter, group: TensorGroup) -> Iterable[Step]:
         """The computation of a parameter, in steps."""

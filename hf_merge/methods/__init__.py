@@ -11,6 +11,7 @@ from .dare import Dare, DareConfig
 from .della import Della, DellaConfig
 from .direct_train import DirectTrain, DirectTrainConfig
 from .distill_merge import DirectDistill, DirectDistillConfig, DistillMerge, DistillMergeConfig
+from .ensemble import Ensemble, EnsembleConfig
 from .fisher import Fisher, FisherConfig
 from .fs_merge import FsMerge, FsMergeConfig, Kd, KdConfig
 from .isotropic import IsoC, IsoCConfig, IsoCts, IsoCtsConfig
@@ -69,6 +70,8 @@ __all__ = [
     "DirectTrainConfig",
     "DistillMerge",
     "DistillMergeConfig",
+    "Ensemble",
+    "EnsembleConfig",
     "Fisher",
     "FisherConfig",
     "FsMerge",

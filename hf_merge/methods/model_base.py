@@ -7,7 +7,7 @@ gradient of its loss in the parameters of the merged model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -135,6 +135,35 @@ class ModelMethod(MergeMethod):
     requires_data = True
     requires_labels: ClassVar[bool] = False
     """Whether the samples need labels."""
+
+    # -- what a merge takes ---------------------------------------------------------------------------------------
+
+    keeps_targets: ClassVar[bool] = False
+    """Whether the experts' hidden states of all samples are kept."""
+
+    @classmethod
+    def working_memory(cls, sizes: Sequence[int], experts: int, settings: Any) -> int | None:
+        """Bytes that the method holds beside the merged model, the base model's values and what autograd keeps of a forward; `None`
+        where that is not known.
+
+        Args:
+            sizes (`Sequence[int]`): The entries of each parameter that the method merges.
+            experts (`int`): The number of experts.
+            settings ([`MergeConfig`]): The recipe.
+        """
+        return None
+
+    @classmethod
+    def batch_size(cls, settings: Any) -> int:
+        """How many samples run together."""
+        return settings.batch_size
+
+    @classmethod
+    def reads_logits(cls, settings: Any) -> bool:
+        """Whether the method looks at predictions, not at hidden states."""
+        return True
+
+    # -- the merge ------------------------------------------------------------------------------------------------
 
     def merge(self, group: ModelGroup) -> None:
         """Merges the model, in place."""

@@ -9,7 +9,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .base import FLOAT32
 from .model_base import ModelGroup
+
+
+def memory_of_weights(sizes: Sequence[int]) -> int:
+    """Bytes that training the weights themselves takes: their gradients and Adam's two moments, float32."""
+    return 3 * FLOAT32 * sum(sizes)
+
+
+def memory_of_coefficients(sizes: Sequence[int], experts: int, granularity: str) -> int:
+    """Bytes that training coefficients takes: the start, the task vectors and the weights' gradients, float32; with one coefficient for
+    every element also these, their gradients and Adam's two moments, for every expert.
+
+    Args:
+        sizes (`Sequence[int]`): The entries of each parameter.
+        experts (`int`): The number of experts.
+        granularity (`str`): `"element"`, `"tensor"` or `"task"`.
+    """
+    per_expert = 5 if granularity == "element" else 1
+    return (2 + per_expert * experts) * FLOAT32 * sum(sizes)
 
 
 BatchLoss = Callable[[int, int], Tensor]

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from hf_merge import (
     DistillMergeConfig,
+    KdConfig,
     LinearConfig,
     Merger,
     MoeConfig,
@@ -38,6 +39,7 @@ from hf_merge.engines.placement import Placement
 from hf_merge.engines.streaming import READ_AHEAD
 from hf_merge.kinds import ParameterKind
 from hf_merge.methods.base import LinearMethod, TensorMethod
+from hf_merge.methods.model_base import ModelMethod
 
 from ..testing_utils import make_bed, run_cli
 from ..zoo import ZOO
@@ -59,6 +61,7 @@ def no_process():
     with (
         mock.patch.object(estimates, "process_memory", return_value=0),
         mock.patch("hf_merge.engines.estimate_blocks.process_memory", return_value=0),
+        mock.patch("hf_merge.engines.estimate_models.process_memory", return_value=0),
     ):
         yield
 
@@ -215,13 +218,55 @@ def test_patches_of_images_are_counted() -> None:
     assert Samples.of(TaskSamples([rows[2:]], {}, [{}]), config) == Samples(1, 0)
 
 
+MODEL_METHODS = sorted(
+    name for name, entry in available_merge_methods().items() if issubclass(entry.method_cls, ModelMethod)
+)
+
+
+@pytest.mark.parametrize("name", MODEL_METHODS)
+def test_end_to_end_methods_hold_the_model_and_activations(bed, no_process: None, name: str) -> None:
+    merger = merger_of(bed, available_merge_methods()[name].config_cls())
+    without, few, more, many = (merger.estimate(samples=n, tokens=16).memory["cpu"] for n in (0, 2, 4, 400))
+    model = 4 * sum(parameter.info.numel for parameter in merger.plan.parameters)
+    assert 4 * model < without < few
+    assert "samples" in merger.estimate().notes[0] and not merger.estimate(samples=2, tokens=16).notes
+    one_by_one = name == "fisher"
+    assert (few == more) == one_by_one
+    targets = 4 * 16 * merger.plan.target.config.hidden_size * len(bed.experts)
+    keeps = name in ("distill_merge", "direct_distill")
+    # Once a batch is full, what grows is what is kept of the experts' outputs.
+    full = merger.estimate(samples=200, tokens=16).memory["cpu"]
+    assert many - full == (200 * targets if keeps else 0)
+
+
+def test_coefficients_of_elements_take_the_most(bed, no_process: None) -> None:
+    found = {
+        granularity: merger_of(bed, DistillMergeConfig(granularity=granularity)).check().estimate.memory["cpu"]
+        for granularity in ("element", "tensor")
+    }
+    merged = sum(parameter.info.numel for parameter in merger_of(bed, DistillMergeConfig()).plan.parameters)
+    assert found["element"] - found["tensor"] == 4 * len(bed.experts) * 4 * merged
+
+
+def test_a_start_block_by_block_is_said(bed) -> None:
+    notes = merger_of(bed, DistillMergeConfig(init="regmean_pp")).estimate(samples=2, tokens=16).notes
+    assert notes == ["without the start, which 'regmean_pp' makes block by block"]
+
+
+def test_end_to_end_methods_are_on_the_device_of_the_model(bed, no_process: None) -> None:
+    on_cpu = merger_of(bed, DistillMergeConfig()).estimate(samples=2, tokens=16).memory
+    on_both = merger_of(bed, DistillMergeConfig(), device_map="meta").estimate(samples=2, tokens=16).memory
+    assert set(on_cpu) == {"cpu"} and set(on_both) == {"cpu", "meta"}
+    assert 0 < on_both["cpu"] < on_both["meta"] <= on_cpu["cpu"]
+
+
 def test_regmean_holds_gram_matrices(bed, no_process: None) -> None:
     merger = merger_of(bed, RegMeanConfig())
     mlp = max(p.info.shape[-1] for p in merger.plan.parameters if p.kind is ParameterKind.LINEAR)
     assert merger.check().estimate.memory["cpu"] > 8 * len(bed.experts) * mlp**2
 
 
-@pytest.mark.parametrize("config", [DistillMergeConfig(), MoeConfig()], ids=lambda c: c.merge_type)
+@pytest.mark.parametrize("config", [KdConfig(), MoeConfig()], ids=lambda c: c.merge_type)
 def test_what_is_not_estimated_is_said(bed, config) -> None:
     estimate = merger_of(bed, config).estimate()
     assert not estimate.memory and estimate.seconds is None
@@ -290,6 +335,7 @@ def test_planning_is_linear_in_the_number_of_tensors(tmp_path: Path) -> None:
 
 PEAK = """
     import json, sys
+    import torch
     from hf_merge import Merger
     from hf_merge.engines.report import peak_memory_bytes
     from hf_merge.registry import get_merge_method
@@ -297,16 +343,21 @@ PEAK = """
     folder, method = sys.argv[1:]
     config = get_merge_method(method).config_cls()
     merger = Merger.from_pretrained([f"{folder}/a", f"{folder}/b"], config, base_model=f"{folder}/base")
-    expected = merger.check().estimate.memory["cpu"]
+    data, size = None, {}
+    if get_merge_method(method).method_cls.needs_data(config):
+        merger.config.epochs, size = 2, {"samples": 4, "tokens": 64}
+        rows = [{"input_ids": torch.arange(100 * i, 100 * i + 64)} for i in range(4)]
+        data = {"a": rows, "b": rows}
+    expected = merger.estimate(**size).memory["cpu"]
     before = peak_memory_bytes()
-    merger.save_pretrained(f"{folder}/{method}")
+    merger.save_pretrained(f"{folder}/{method}", data=data)
     print(json.dumps([expected, before, peak_memory_bytes()]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("method", ["linear", "ties", "tsv_m"])
+@pytest.mark.parametrize("method", ["linear", "ties", "tsv_m", "direct_distill", "adamerging"])
 def test_peak_is_within_a_fifth(tmp_path: Path, method: str) -> None:
     config = LlamaConfig(
         vocab_size=64_000, hidden_size=1024, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=8

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..base import TensorGroup
+from ..base import FLOAT32, TensorGroup
 from ..model_base import ModelGroup, ModelMethod
 from ..model_outputs import mean_entropy, run_logits
-from ..model_training import ModelTraining
+from ..model_training import ModelTraining, memory_of_coefficients
 from ..prodistill.coefficients import Coefficients
 from ..ties.method import Ties
 
@@ -20,6 +21,10 @@ class AdaMerging(ModelMethod):
     """min_λ Σ_i mean_{x ∈ D_i} H(p(y | x; θ(λ))), each task under its own head."""
 
     requires_base = True
+
+    @classmethod
+    def working_memory(cls, sizes: Sequence[int], experts: int, settings: Any) -> int:
+        return memory_of_coefficients(sizes, experts, settings.granularity)
 
     def merge(self, group: ModelGroup) -> None:
         settings = group.settings
@@ -53,6 +58,11 @@ class AdaMerging(ModelMethod):
 
 class AdaMergingPlusPlus(AdaMerging):
     """AdaMerging on the task vectors that TIES adds up: trimmed, and 0 where their sign is not the elected one."""
+
+    @classmethod
+    def working_memory(cls, sizes: Sequence[int], experts: int, settings: Any) -> int:
+        trimmed = experts * FLOAT32 * sum(sizes)
+        return super().working_memory(sizes, experts, settings) + trimmed
 
     def directions(self, group: ModelGroup) -> Mapping[str, TensorGroup]:
         config = group.settings.initial_config()

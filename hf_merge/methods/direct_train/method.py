@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from ..model_base import ModelGroup, ModelMethod
-from ..model_training import ModelTraining
+from ..model_training import ModelTraining, memory_of_weights
 
 
 class DirectTrain(ModelMethod):
@@ -15,6 +18,10 @@ class DirectTrain(ModelMethod):
     """
 
     requires_labels = True
+
+    @classmethod
+    def working_memory(cls, sizes: Sequence[int], experts: int, settings: Any) -> int:
+        return memory_of_weights(sizes)
 
     def merge(self, group: ModelGroup) -> None:
         weights = [weight.requires_grad_(True) for weight in group.weights().values()]

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..model_base import ModelGroup, ModelInputs, ModelMethod
 from ..model_outputs import run_hidden, run_logits
-from ..model_training import ModelTraining
+from ..model_training import ModelTraining, memory_of_coefficients, memory_of_weights
 from ..prodistill.coefficients import Coefficients
 from ..prodistill.losses import Loss, cosine_distance, divergence, spread, squared_error, token_sums
 
 
-class DistillMerge(ModelMethod):
+class Distillation(ModelMethod):
+    """What both methods have in common: the loss."""
+
+    keeps_targets = True
+
+    @classmethod
+    def reads_logits(cls, settings: Any) -> bool:
+        return settings.loss == "logits"
+
+
+class DistillMerge(Distillation):
     """min_α Σ_i Σ_{x ∈ D_i} ‖h(x; α) − h_i(x)‖² with θ(α) = θ_init + Σ_i (α_i − α_init) ∘ τ_i and h the last hidden states."""
 
     requires_base = True
+
+    @classmethod
+    def working_memory(cls, sizes: Sequence[int], experts: int, settings: Any) -> int:
+        return memory_of_coefficients(sizes, experts, settings.granularity)
 
     def merge(self, group: ModelGroup) -> None:
         loss = HiddenLoss(group)
@@ -28,8 +45,12 @@ class DistillMerge(ModelMethod):
         coefficients.freeze()
 
 
-class DirectDistill(ModelMethod):
+class DirectDistill(Distillation):
     """min_θ Σ_i Σ_{x ∈ D_i} ‖h(x; θ) − h_i(x)‖², from the merged start."""
+
+    @classmethod
+    def working_memory(cls, sizes: Sequence[int], experts: int, settings: Any) -> int:
+        return memory_of_weights(sizes)
 
     def merge(self, group: ModelGroup) -> None:
         loss = HiddenLoss(group)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..base import FLOAT32
 from ..model_base import ModelGroup, ModelInputs, ModelMethod
 from ..model_outputs import run_logits
 
 
 class Fisher(ModelMethod):
     """F_i = mean_x E_{y ~ p_i(y | x)} (∂ log p_i(y | x) / ∂θ)², from the gradients of single samples, under the expert's own head."""
+
+    @classmethod
+    def working_memory(cls, sizes: Sequence[int], experts: int, settings: Any) -> int:
+        # Both sums, an expert, its Fisher and the gradients of one sample.
+        return 5 * FLOAT32 * sum(sizes)
+
+    @classmethod
+    def batch_size(cls, settings: Any) -> int:
+        return 1
 
     def merge(self, group: ModelGroup) -> None:
         totals: dict[str, Tensor] = {}
