@@ -1,6 +1,6 @@
 """`python -m hf_merge` is `hf-merge`."""
 
-from .cli import main
+from .cli import console
 
 
-main()
+console()

@@ -14,17 +14,22 @@ import argparse
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import yaml
 
 
 EXPERTS = ("a", "b", "c")
 SHARDS = "500MB"
+LOOKS = 0.02
+"""Seconds between two looks at the memory."""
+
 FLOOR = """
 import sys
 from pathlib import Path
@@ -83,18 +88,42 @@ def build_models(folder: Path) -> None:
         model.save_pretrained(folder / name, max_shard_size=SHARDS)
 
 
-def measure(command: list[str], cwd: Path) -> tuple[float, float]:
-    """Wall time in seconds and peak resident memory in MB of a process."""
+def measure(command: list[str], cwd: Path, look: Callable[[psutil.Process], None] | None = None) -> float:
+    """Wall time of a command in seconds.
+
+    Args:
+        command (`list[str]`): The command.
+        cwd (`Path`): Where it runs.
+        look (`Callable`, *optional*): Called again and again with its process, which takes time.
+    """
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as output:
         start = time.perf_counter()
-        process = subprocess.Popen(command, cwd=cwd, env=environment, stdout=output, stderr=output)
-        _, status, usage = os.wait4(process.pid, 0)
+        process = psutil.Popen(command, cwd=cwd, env=environment, stdout=output, stderr=output)
+        while look is not None and process.poll() is None:
+            look(process)
+            time.sleep(LOOKS)
+        status = process.wait()
         seconds = time.perf_counter() - start
         if status != 0:
             output.seek(0)
             sys.exit(f"{' '.join(command)} failed:\n{output.read()[-2000:]}")
-    return seconds, usage.ru_maxrss / 1024
+    return seconds
+
+
+class Peak:
+    """The most memory that a process and its children held when it was looked at: what they share counts once (PSS), in MB."""
+
+    def __init__(self):
+        self.megabytes = 0.0
+
+    def __call__(self, process: psutil.Process) -> None:
+        held = 0
+        with suppress(psutil.Error):
+            held += process.memory_full_info().pss
+            for child in process.children(recursive=True):
+                held += child.memory_full_info().pss
+        self.megabytes = max(self.megabytes, held / 2**20)
 
 
 def side_by_side(method: str, recipe: dict, models: Path, mergekit: Path, repeats: int) -> str:
@@ -109,14 +138,17 @@ def side_by_side(method: str, recipe: dict, models: Path, mergekit: Path, repeat
         "mergekit": [mergekit / "mergekit-yaml", path, theirs, "--out-shard-size", "500M", "--no-write-model-card"],
         "floor": [sys.executable, "-c", FLOOR, *[models / name for name in dict.fromkeys(inputs)], floor],
     }
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-    for _ in range(repeats):
+    found: dict[str, list[float]] = {name: [] for name in commands}
+    peaks = {name: Peak() for name in commands}
+    for turn in range(repeats + 1):  # memory is looked at in a turn of its own
         for name, command in commands.items():
-            found[name].append(measure([str(part) for part in command], models))
+            taken = measure([str(part) for part in command], models, peaks[name] if turn == 0 else None)
+            if turn > 0:
+                found[name].append(taken)
             for folder in (ours, theirs, floor):
                 shutil.rmtree(folder, ignore_errors=True)
-    seconds = {name: statistics.median(one for one, _ in runs) for name, runs in found.items()}
-    memory = {name: statistics.median(one for _, one in runs) for name, runs in found.items()}
+    seconds = {name: statistics.median(runs) for name, runs in found.items()}
+    memory = {name: peak.megabytes for name, peak in peaks.items()}
     return (
         f"| `{method}` | {seconds['mergekit']:.1f} s | {seconds['hf_merge']:.1f} s | "
         f"**{seconds['mergekit'] / seconds['hf_merge']:.1f}×** | {seconds['floor']:.1f} s | "

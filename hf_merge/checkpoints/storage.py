@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .memory import empty_tensor
 
 
 SAFE_WEIGHTS, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -193,14 +193,6 @@ class SafetensorsStorage(FileStorage):
         except (OSError, EOFError) as error:
             raise CheckpointError(f"Cannot read '{key}' from '{span.path}': {error}.") from error
         return tensor
-
-
-def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory on the CPU, from numpy, which asks the system for huge pages: large tensors are filled twice as fast."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes == 0:
-        return torch.empty(shape, dtype=dtype)
-    return torch.from_numpy(np.empty(nbytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _read_into(file: Any, target: memoryview, start: int) -> None:

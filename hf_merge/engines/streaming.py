@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..checkpoints.conversion import SaveGroup
+from ..checkpoints.memory import empty_tensor
 from ..checkpoints.shards import ShardWriter
 from ..checkpoints.source import ModelSource
-from ..checkpoints.storage import empty_tensor
 from ..errors import NonFiniteError
 from ..methods.base import ElementwiseMethod, Step, TensorGroup, TensorMethod, whole
 from ..registry import get_merge_method
@@ -179,7 +179,10 @@ class StreamingEngine:
             can_fork()
             and all(type(source) is ModelSource for source in self.plan.sources)
             and all(self.placement.device_of(name).type == "cpu" for name in self._by_name)
-            and all(parameter.action == "copy" or self._in_pieces(parameter) for parameter in self.plan.parameters)
+            and all(
+                parameter.action == "copy" or (self._in_pieces(parameter) and not parameter.then)
+                for parameter in self.plan.parameters
+            )
         )
 
     def _merge_forked(self, groups: list[SaveGroup], sink: ShardWriter, tell: Callable[[Written], Any]) -> None:
