@@ -13,7 +13,7 @@ from torch import Tensor
 
 SMALLEST = 1 << 18
 """Bytes below which memory is not kept."""
-KEPT = 1 << 26
+KEPT = 1 << 25
 """How many bytes are kept at the most while no tensor uses them."""
 
 

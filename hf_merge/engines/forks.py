@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import pickle
@@ -21,6 +22,8 @@ import torch
 from ..errors import MergeError, RankLostError
 
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 MOST_PROCESSES = 8
@@ -28,7 +31,7 @@ MOST_PROCESSES = 8
 
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _TOKEN = struct.Struct("<I")
-_MOST_TOKENS = 1 << 13  # what every system's pipe holds
+_MOST_TOKENS = 4096 // _TOKEN.size  # the smallest pipe that the system makes holds a page
 
 
 def processors() -> int:
@@ -108,8 +111,14 @@ def run_forked(
         for _ in range(count - 1):
             receiving, sending = context.Pipe(duplex=False)
             fork = context.Process(target=_work_apart, args=(claims, work, sending, [receiving, *forks]))
-            fork.start()
-            sending.close()
+            try:
+                fork.start()
+            except OSError as error:
+                receiving.close()
+                logger.warning("Merging in %d instead of %d processes: %s.", 1 + len(forks), count, error)
+                break
+            finally:
+                sending.close()
             forks[receiving] = fork
         listener.start()
         own = work(iter(claims), listener.tell)

@@ -143,7 +143,7 @@ def _select(parts: Parts, size: int, counts: Sequence[int]) -> list[Cut]:
     sample = parts.at(places)
     if sample.dtype == torch.float32 and sample.device.type != "cpu":
         return _select_by_histograms(parts, counts)
-    brackets = [_Bracket.around(_bits(sample.cpu()), k, size) for k in counts]
+    brackets = [_Bracket(k, size, _bits(sample.cpu())) for k in counts]
     while any(bracket.cut is None for bracket in brackets):
         _look(parts, [bracket for bracket in brackets if bracket.cut is None])
     return [bracket.cut for bracket in brackets]
@@ -167,26 +167,26 @@ class _Bracket:
 
     Args:
         k (`int`): From 1.
-        low, high (`np.unsignedinteger`): The patterns.
+        size (`int`): The number of entries.
+        sample (`np.ndarray`): The bit patterns of some entries, or of none.
     """
 
-    def __init__(self, k: int, low: np.unsignedinteger, high: np.unsignedinteger):
-        self.k, self.low, self.high = k, low, high
+    def __init__(self, k: int, size: int, sample: np.ndarray):
+        self.k = k
         self.cut: Cut | None = None
+        self._falling = np.sort(sample)[::-1]
+        fraction, count = k / size, len(sample)
+        self._spread = _DEVIATIONS * math.sqrt(count * fraction * (1 - fraction)) + 1
+        self._between(count * fraction - self._spread, count * fraction + self._spread)
+
+    def _between(self, first: float, last: float) -> None:
+        """Begins to look between two ranks of the sample, or at everything beyond it."""
+        unsigned, self._ranks = self._falling.dtype, (first, last)
+        self.low = self._falling[math.ceil(last)] if math.ceil(last) < len(self._falling) else unsigned.type(0)
+        self.high = self._falling[math.floor(first)] if first >= 0 else unsigned.type(np.iinfo(unsigned).max)
         self._above = self._at_high = self._at_low = 0
         self._places: list[np.ndarray] = []
         self._inside: list[np.ndarray] = []
-
-    @classmethod
-    def around(cls, sample: np.ndarray, k: int, size: int) -> _Bracket:
-        """Between quantiles of a sample of the bits; everything without a sample."""
-        low, high = sample.dtype.type(0), sample.dtype.type(np.iinfo(sample.dtype).max)
-        count = len(sample)
-        fraction = k / size
-        spread = _DEVIATIONS * math.sqrt(count * fraction * (1 - fraction)) + 1
-        first, last = math.floor(count * fraction - spread), math.ceil(count * fraction + spread)
-        falling = np.sort(sample)[::-1]
-        return cls(k, falling[last] if last < count else low, falling[first] if first >= 0 else high)
 
     def see(self, bits: np.ndarray, start: int) -> None:
         """Looks at entries, of which `start` come before."""
@@ -205,7 +205,7 @@ class _Bracket:
         inside = np.concatenate(self._inside) if self._inside else np.empty(0, self.low.dtype)
         between, below = rank - self._at_high, rank - self._at_high - len(inside)
         if rank < 1:
-            self.__init__(self.k, self.high, self.high.dtype.type(np.iinfo(self.high.dtype).max))
+            self._between(self._ranks[0] - 4 * self._spread, self._ranks[0])
         elif between < 1:
             self.cut = _edge_cut(parts, self.high, rank, self._at_high)
         elif below < 1:
@@ -213,7 +213,7 @@ class _Bracket:
         elif below <= self._at_low:
             self.cut = _edge_cut(parts, self.low, below, self._at_low)
         else:
-            self.__init__(self.k, self.low.dtype.type(0), self.low)
+            self._between(self._ranks[1], self._ranks[1] + 4 * self._spread)
 
 
 def _look(parts: Parts, brackets: Sequence[_Bracket]) -> None:

@@ -5,10 +5,13 @@ import itertools
 import pytest
 import torch
 
+from hf_merge.methods import selection
 from hf_merge.methods.selection import (
     Cut,
+    Parts,
     count_kept,
     cut_largest,
+    cuts_of_parts,
     high_histogram,
     largest_mask,
     locate,
@@ -53,6 +56,43 @@ def test_more_than_one_chunk_is_selected_as_one():
     values = torch.randint(-50, 51, (600_000,), generator=torch.Generator().manual_seed(0)).float()
     for k in (1, 299_999, 599_999):
         assert torch.equal(largest_mask(values, k), stable_mask(values, k))
+
+
+SKEWED = {
+    "rising": lambda size: torch.arange(1.0, size + 1),
+    "falling": lambda size: torch.arange(size, 0.0, -1),
+    "mostly zero": lambda size: torch.cat([torch.zeros(size - 1000), torch.arange(1000.0)]),
+    "two values": lambda size: (torch.arange(size) % 3 == 0).float() - 2,
+}
+
+
+@pytest.mark.parametrize("case", SKEWED)
+@pytest.mark.parametrize("is_sample_random", [True, False])
+def test_a_sample_that_misleads_costs_time_only(monkeypatch, case: str, is_sample_random: bool):
+    size = 100_003
+    values = SKEWED[case](size)
+    if not is_sample_random:
+        monkeypatch.setattr(selection, "_sampled_places", lambda size: torch.arange(selection._SAMPLE))
+    for k in (1, 999, 1000, 1001, 30_000, 66_668, 66_669, size - 1):
+        assert torch.equal(largest_mask(values, k), stable_mask(values, k)), k
+    first, second = cuts_of_parts(Parts.of(values), size, [20_000, 70_000])
+    assert torch.equal(first.mask(values), stable_mask(values, 20_000))
+    assert torch.equal(second.mask(values), stable_mask(values, 70_000))
+
+
+def test_few_entries_are_looked_at_closely(monkeypatch):
+    values = torch.randn(400_000, generator=torch.Generator().manual_seed(0))
+    inside = []
+    see = selection._Bracket.conclude
+    monkeypatch.setattr(
+        selection._Bracket,
+        "conclude",
+        lambda self, parts: inside.append(sum(map(len, self._inside))) or see(self, parts),
+    )
+    for k in (1, 4000, 200_000, 399_000):
+        assert torch.equal(largest_mask(values, k), stable_mask(values, k))
+    assert len(inside) == 4, "one pass is enough"
+    assert max(inside) < 400_000 / 16
 
 
 def test_cuts_are_nested():
