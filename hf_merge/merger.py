@@ -94,8 +94,8 @@ class Merger(HubMixin):
             base_model (*optional*): The model that the experts were fine-tuned from. When not given: the recipe's, or the one
                 that the model cards of all experts agree on, when the method needs one or none was chosen.
             dtype (`str` or `torch.dtype`, *optional*): The dtype of the merged weights; the first expert's by default.
-            device_map (`str` or `dict`, *optional*): Where the arithmetic is done: `"cpu"` (default), `"auto"`, `"cuda:0"`, or a
-                dictionary from module-name prefixes to devices.
+            device_map (`str` or `dict`, *optional*): Where the arithmetic is done: `"cpu"` (default), `"auto"` for the accelerators of
+                this process, `"cuda:0"`, or a dictionary from module-name prefixes to devices.
             trust_remote_code (`bool`): Whether code from the models' repositories may run.
             hub_kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`, for all models.
 

@@ -3,7 +3,7 @@ is added at the end or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,10 @@ from ..kinds import ParameterKind
 from ..low_rank import Factors, stacked
 from ..methods.base import LinearMethod, LowRankGroup, TensorGroup, TensorMethod
 from ..registry import get_merge_method
+from .pipeline import Loaded, Written
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
-from .streaming import Loaded, StreamingEngine, Written
+from .streaming import StreamingEngine
 
 
 _TRANSPOSED = (ParameterKind.TRANSPOSED_LINEAR, ParameterKind.TRANSPOSED_EXPERT_LINEAR)
@@ -73,6 +74,10 @@ class LoadedChanges(Loaded):
     """What adapters do to one parameter; `experts` stays empty, for changes are made dense only where a method asks for it."""
 
     changes: list[tuple[AdapterSource, str]]
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> LoadedChanges:
+        """Itself: it is computed with dense changes, which are not there yet."""
+        return self
 
     @property
     def touched(self) -> bool:
@@ -128,10 +133,8 @@ class AdapterEngine(StreamingEngine):
             return loaded.base.to(parameter.info.dtype if rounded else torch.float32)
         change = self._merge_low_rank(parameter, loaded, row)
         if change is None:
-            group = self._group(parameter, loaded)
-            change = self._method(parameter.settings.merge_type)(group)
-            change = self._follow(parameter, group, change).cpu()
-            row.update(group.report)
+            change, reported = self._on_device(parameter, loaded, lambda group: self._change(parameter, group))
+            row.update(reported)
         self._check_finite(parameter, change)
         row["task_vector_norm"] = change.norm() if isinstance(change, Factors) else change.norm().item()
         if loaded.base is None:
@@ -143,11 +146,16 @@ class AdapterEngine(StreamingEngine):
         row["norm"] = float(torch.linalg.vector_norm(merged))
         return result if rounded else merged
 
+    def _change(self, parameter: PlannedParameter, group: TensorGroup) -> tuple[Tensor, dict[str, float]]:
+        """The merged change, dense, and what its method reports."""
+        change = self._method(parameter.settings.merge_type)(group)
+        return self._follow(parameter, group, change).cpu(), group.report
+
     def _finish_value(self, parameter: PlannedParameter, loaded: Loaded, rounded: bool) -> Tensor:
         """By a method that needs the values; an adapter gets the difference to the base model's."""
         holds_change = self._whole is not None and parameter.name not in self._whole
         value = super().finish(parameter, loaded, rounded and not holds_change)
-        return value - loaded.base.to(value.dtype) if holds_change else value
+        return value - loaded.base.to(value.device, value.dtype) if holds_change else value
 
     def _merge_low_rank(self, parameter: PlannedParameter, loaded: LoadedChanges, row: dict) -> Factors | None:
         """The merged change as factors, in the orientation that the parameter is stored in."""

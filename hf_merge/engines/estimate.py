@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
+import torch
 
 from ..adapters.source import AdapterSource
 from ..checkpoints.conversion import SaveGroup
@@ -20,10 +21,11 @@ from ..methods.base import FLOAT32, ElementwiseMethod, TensorMethod
 from ..methods.groups import LARGE_PIECE
 from ..registry import get_merge_method
 from .forks import MOST_PROCESSES, processors
-from .placement import Placement
+from .pipeline import READ_AHEAD
+from .placement import CPU, Placement
 from .plan import MergePlan, PlannedParameter
 from .report import process_memory
-from .streaming import READ_AHEAD
+from .transfer import STAGED, copies_ahead
 
 
 @dataclass
@@ -174,22 +176,39 @@ def streaming_memory(
         groups (`Sequence[SaveGroup]`): What is written, in order.
         num_proc (`int`): How many processes merge.
     """
-    held, total = [{"cpu": 0}] * num_proc, 0
-    peaks: dict[str, int] = {"cpu": 0}
-    for _, process, devices in sorted(_timeline(plan, placement, groups, num_proc), key=lambda event: event[0]):
-        total += devices["cpu"] - held[process]["cpu"]
-        held[process] = devices
-        for device, nbytes in devices.items():
-            peaks[device] = max(peaks.get(device, 0), total if device == "cpu" else nbytes)
-    peaks["cpu"] += process_memory()
+    placement = placement.over(plan, groups)
+    parts = placement.by_device(groups)
+    peaks = {"cpu": process_memory()}
+    for device, part in parts.items():
+        # Nobody knows which of several devices is how far: all of them are counted at their peak.
+        for name, nbytes in _peaks(plan, placement, device, part, num_proc if len(parts) == 1 else 1).items():
+            peaks[name] = peaks.get(name, 0) + nbytes
+    return peaks
+
+
+def _peaks(
+    plan: MergePlan, placement: Placement, device: torch.device, groups: Sequence[SaveGroup], num_proc: int
+) -> dict[str, int]:
+    """The peaks of the host and of one device over the groups of that device."""
+    held, total = [0] * num_proc, 0
+    peaks = dict.fromkeys(("cpu", str(device)), 0)
+    timeline = _timeline(plan, placement, device, groups, num_proc)
+    for _, process, on_host, on_device in sorted(timeline, key=lambda event: event[0]):
+        total += on_host - held[process]
+        held[process] = on_host
+        peaks["cpu"] = max(peaks["cpu"], total)
+        if device != CPU:
+            peaks[str(device)] = max(peaks[str(device)], on_device)
+    peaks["cpu"] += 2 * STAGED if copies_ahead(device) else 0
     return peaks
 
 
 def _timeline(
-    plan: MergePlan, placement: Placement, groups: Sequence[SaveGroup], num_proc: int
-) -> Iterator[tuple[int, int, dict[str, int]]]:
-    """When a process begins with a group, counted in bytes, and what it holds until the next one: the group as stored and as a result,
-    what the method holds, the groups that are read ahead, and the result before, which is being written."""
+    plan: MergePlan, placement: Placement, device: torch.device, groups: Sequence[SaveGroup], num_proc: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """When a process begins with a group, counted in bytes, and what the host and the device hold until the next one: the group as
+    stored and as a result, what the method holds, the groups that are read or copied ahead, and the result before, which is being
+    written."""
     by_name = {parameter.name: parameter for parameter in plan.parameters}
     results = [sum(by_name[name].info.nbytes for name in group.names) for group in groups]
     parts: list[list[int]] = [[] for _ in range(num_proc)]
@@ -200,24 +219,35 @@ def _timeline(
         parts[process].append(index)
         starts.append(clocks[process])
         clocks[process] += result
+    ahead = int(copies_ahead(device))
     for process, part in enumerate(parts):
         loaded = [sum(loaded_bytes(plan, by_name[name]) for name in groups[index].names) for index in part]
-        limits = [results[index] * len(plan.sources) for index in part]
-        ahead, waiting, before = (
-            0,
-            0,
-            0,
-        )  # the next group to read, the bytes counted towards READ_AHEAD, the result before
+        read = _read_by_then([results[index] * len(plan.sources) for index in part], ahead, READ_AHEAD // num_proc)
+        there = [
+            _on_device(plan, placement, device, [by_name[name] for name in groups[index].names]) for index in part
+        ]
+        before = 0
         for place, index in enumerate(part):
-            while ahead < len(part) and (ahead <= place or waiting + limits[ahead] <= READ_AHEAD // num_proc):
-                waiting += limits[ahead]
-                ahead += 1
-            waiting -= limits[place]
-            held = sum(loaded[place:ahead]) + before + results[index] * (1 if groups[index].is_plain else 2)
-            devices = _on_devices(plan, placement, [by_name[name] for name in groups[index].names])
-            yield starts[index], process, devices | {"cpu": held + devices.get("cpu", 0)}
+            working, stored = there[place]
+            on_device = working + stored + sum(arriving for _, arriving in there[place + 1 : place + 1 + ahead])
+            on_host = sum(loaded[place + ahead : read[place]]) + before
+            on_host += results[index] * (1 if groups[index].is_plain else 2) + (working if device == CPU else 0)
+            yield starts[index], process, on_host, on_device
             before = results[index]
-        yield clocks[process], process, {"cpu": 0}
+        yield clocks[process], process, 0, 0
+
+
+def _read_by_then(sizes: Sequence[int], ahead: int, limit: int) -> list[int]:
+    """How many groups have been read when each of them is merged and so many more are asked for, by the rule of `read_ahead`."""
+    read = waiting = 0
+    found = []
+    for asked, nbytes in enumerate(sizes):
+        while read < len(sizes) and (read <= asked or waiting + sizes[read] <= limit):
+            waiting += sizes[read]
+            read += 1
+        waiting -= nbytes
+        found.append(read)
+    return found[ahead:] + [len(sizes)] * ahead
 
 
 def count_processes(
@@ -240,13 +270,10 @@ def count_processes(
     return max(1, min(most, psutil.virtual_memory().available // 2 // max(each, 1)))
 
 
-def _on_devices(plan: MergePlan, placement: Placement, parameters: Sequence[PlannedParameter]) -> dict[str, int]:
-    """What merging parameters one after another holds on each device."""
-    held: dict[str, int] = {}
-    for parameter in parameters:
-        device = placement.device_of(parameter.name)
-        one = working_memory(plan, parameter, device.type == "cpu")
-        if device.type != "cpu":
-            one += stored_bytes(plan, parameter)
-        held[str(device)] = max(held.get(str(device), 0), one)
-    return held
+def _on_device(
+    plan: MergePlan, placement: Placement, device: torch.device, parameters: Sequence[PlannedParameter]
+) -> tuple[int, int]:
+    """What methods hold while they merge parameters one after another, and the stored tensors beside those on the host."""
+    working = max((working_memory(plan, one, device == CPU) for one in parameters), default=0)
+    sent = [stored_bytes(plan, one) for one in parameters if placement.device_of(one.name) == device != CPU]
+    return working, sum(sent) if copies_ahead(device) else max(sent, default=0)

@@ -23,9 +23,10 @@ from .block_runner import BlockRunner, Key, hooked, open_runner, run_to_the_end
 from .calibrated import task_model
 from .mixture_plan import MixturePlan
 from .options import EngineOptions
+from .pipeline import Loaded
 from .placement import Placement
 from .plan import PlannedParameter
-from .streaming import Loaded, StreamingEngine, checked
+from .streaming import StreamingEngine, checked
 
 
 class MixtureEngine(StreamingEngine):
@@ -61,6 +62,10 @@ class MixtureEngine(StreamingEngine):
             return ""
         content = [*(samples.fingerprint() for samples in self._samples), self.options.bf16, self.options.cache_dtype]
         return hashlib.sha256(repr(content).encode()).hexdigest()
+
+    def place(self, placement: Placement) -> None:
+        super().place(placement)
+        self.dense.place(placement)
 
     # -- parameters -----------------------------------------------------------------------------------------------
 

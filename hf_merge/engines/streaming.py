@@ -1,7 +1,7 @@
 """The streaming engine: reads a parameter of every model, merges it, hands the result to a sink, and forgets it.
 
-Reading, computing and writing overlap. What is in memory at any time is bounded by a few parameters, never by the model.
-The engine knows no formulas and the methods know no files.
+Reading, computing and writing overlap, and so do the devices, each of which has a thread that merges its parameters. What is in memory
+at any time is bounded by a few parameters, never by the model. The engine knows no formulas and the methods know no files.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,28 +29,20 @@ from ..errors import NonFiniteError
 from ..methods.base import ElementwiseMethod, Step, TensorGroup, TensorMethod, whole
 from ..registry import get_merge_method
 from .division import divide, gather_report
-from .forks import can_fork, processors, run_forked
-from .pieces import all_finite, one_thread, squared_norm
-from .placement import Placement
+from .forks import can_fork, processors
+from .norms import StepNorms, describe_non_finite, in_range, squared_norms
+from .pieces import all_finite, one_thread
+from .pipeline import Loaded, Pipeline, Sink, Written
+from .placement import CPU, Placement
 from .plan import MergePlan, PlannedParameter
 from .ranks import Ranks
-from .report import MergeReport, peak_memory_bytes, process_memory
+from .report import MergeReport, peak_memory_bytes
 
 
 logger = logging.getLogger(__name__)
 
-READ_AHEAD = 2**26
-"""How many bytes of stored tensors all processes together read ahead of the groups being merged; each at least one group."""
 SURVEYED_TOGETHER = 16
 """How many parameters each of several ranks looks at before they exchange what they saw: it bounds what is held of it."""
-
-
-class Sink(Protocol):
-    """Where merged tensors go, by their names on disk."""
-
-    def wants(self, keys: list[str]) -> bool: ...
-
-    def write(self, key: str, tensor: Tensor) -> None: ...
 
 
 class StateDictSink:
@@ -66,35 +58,7 @@ class StateDictSink:
         self.tensors[key] = tensor
 
 
-class Written(NamedTuple):
-    """A tensor that was written: its name on disk, and the report's rows of the parameters that it is of."""
-
-    key: str
-    rows: dict[str, dict[str, Any]]
-
-
-@dataclass
-class _Filler:
-    """A sink that fills shards without finishing them."""
-
-    shards: ShardWriter
-
-    def wants(self, keys: list[str]) -> bool:
-        return self.shards.wants(keys)
-
-    def write(self, key: str, tensor: Tensor) -> None:
-        self.shards.fill(key, tensor)
-
-
-@dataclass
-class Loaded:
-    """The stored tensors of one parameter."""
-
-    experts: list[Tensor]
-    base: Tensor | None
-
-
-class StreamingEngine:
+class StreamingEngine(Pipeline):
     """Runs a plan of data-free methods.
 
     **Attributes**:
@@ -110,13 +74,9 @@ class StreamingEngine:
     identity = ""
 
     def __init__(self, plan: MergePlan, placement: Placement):
-        self.plan = plan
-        self.placement = placement
+        super().__init__(plan, placement)
         self.ranks = Ranks()
-        self.num_proc = 1
-        self.report = MergeReport(dropped=[vars(entry) for entry in plan.dropped], notes=list(plan.notes))
         self._methods: dict[str, TensorMethod] = {}
-        self._by_name = {parameter.name: parameter for parameter in plan.parameters}
 
     def run(self, groups: list[SaveGroup], sink: Sink) -> MergeReport:
         """Merges every group that the sink wants and writes it. The report is that of all ranks.
@@ -125,6 +85,7 @@ class StreamingEngine:
             groups (`list[SaveGroup]`): Parameters that are written together, in the order of writing.
             sink ([`Sink`]): Where the tensors go.
         """
+        self.place(self.placement.over(self.plan, groups))
         pending = [group for group in groups if sink.wants(list(group.disk))]
         start = time.perf_counter()
         if any(self.ranks.gather(bool(pending))):
@@ -137,7 +98,8 @@ class StreamingEngine:
             if self.num_proc > 1 and len(pending) > 1 and isinstance(sink, ShardWriter) and self.can_fork():
                 self._merge_forked(pending, sink, lambda written: bar.update(sizes[written.key]))
             else:
-                self._merge(pending, sink, lambda written: bar.update(sizes[written.key]))
+                self._merge(self.placement.by_device(pending), sink, lambda written: bar.update(sizes[written.key]))
+        self._sort_rows(pending)
         self.report.seconds["merge"] = time.perf_counter() - start
         for part in gather_report(self.ranks, self.report, self._noticed()):
             self._notice(part)
@@ -146,19 +108,15 @@ class StreamingEngine:
             self.report.notes.append(remark)
         return self.report
 
-    def _merge(self, groups: Iterable[SaveGroup], sink: Sink, tell: Callable[[Written], Any]) -> None:
-        """Merges groups, writes their tensors and tells of each that is written."""
-        with ThreadPoolExecutor(1, "hf_merge-write") as writer:
-            writing: Future | None = None
-            for group, loaded in self._read_ahead(groups):
-                merged = {name: self.finish(self._by_name[name], tensors) for name, tensors in loaded.items()}
-                del loaded  # before the next ones are read
-                if writing is not None:
-                    writing.result()
-                writing = writer.submit(self._write, group, merged, sink, tell)
-            if writing is not None:
-                writing.result()
-        self.report.peak_memory_bytes = peak_memory_bytes()
+    def place(self, placement: Placement) -> None:
+        """Changes where parameters are merged from now on."""
+        self.placement = placement
+
+    def _sort_rows(self, groups: list[SaveGroup]) -> None:
+        """Brings the report's rows into the order of writing, whichever thread or process was first."""
+        rows = self.report.parameters
+        for name in dict.fromkeys(name for group in groups for name in group.names):
+            rows[name] = rows.pop(name)
 
     def _noticed(self) -> dict[str, Any]:
         return {merge_type: method.noticed() for merge_type, method in self._methods.items()}
@@ -169,7 +127,7 @@ class StreamingEngine:
 
     def remarks(self) -> list[str]:
         """What the methods noticed over the whole merge."""
-        return [remark for method in self._methods.values() for remark in method.remarks()]
+        return [remark for _, method in sorted(self._methods.items()) for remark in method.remarks()]
 
     # -- several processes ----------------------------------------------------------------------------------------
 
@@ -178,61 +136,14 @@ class StreamingEngine:
         return (
             can_fork()
             and all(type(source) is ModelSource for source in self.plan.sources)
-            and all(self.placement.device_of(name).type == "cpu" for name in self._by_name)
+            and all(self.placement.device_of(name) == CPU for name in self._by_name)
             and all(
                 parameter.action == "copy" or (self._in_pieces(parameter) and not parameter.then)
                 for parameter in self.plan.parameters
             )
         )
 
-    def _merge_forked(self, groups: list[SaveGroup], sink: ShardWriter, tell: Callable[[Written], Any]) -> None:
-        """[`~StreamingEngine._merge`] in this process and in forks of it, which all fill the same files."""
-
-        def work(part: Iterator[SaveGroup], tell: Callable[[Written], None]) -> tuple[dict, int]:
-            before = process_memory()
-            self._merge(part, _Filler(sink), tell)
-            return self._noticed(), self.report.peak_memory_bytes - before
-
-        def told(written: Written) -> None:
-            rows.update(written.rows)
-            sink.complete(written.key)
-            tell(written)
-
-        rows = self.report.parameters
-        _, *others = run_forked(min(self.num_proc, len(groups)), groups, work, told)
-        for noticed, grown in others:
-            self._notice(noticed)
-            self.report.peak_memory_bytes += grown
-        self.report.parameters = {name: rows[name] for group in groups for name in group.names}
-
     # -- reading --------------------------------------------------------------------------------------------------
-
-    def _read_ahead(self, groups: Iterable[SaveGroup]) -> Iterator[tuple[SaveGroup, dict[str, Loaded]]]:
-        """The groups with their tensors, the next ones being read while the current one is used."""
-        with ThreadPoolExecutor(1, "hf_merge-read") as reader:
-            waiting: list[tuple[SaveGroup, Future]] = []
-            remaining = iter(groups)
-            following = next(remaining, None)
-            try:
-                while waiting or following is not None:
-                    while following is not None and (
-                        not waiting or self._stored_bytes(waiting, following) <= READ_AHEAD // self.num_proc
-                    ):
-                        waiting.append((following, reader.submit(self._read_group, following.names)))
-                        following = next(remaining, None)
-                    group, future = waiting.pop(0)
-                    yield group, future.result()
-                    del future
-            finally:
-                for _, future in waiting:
-                    future.cancel()
-
-    def _stored_bytes(self, waiting: list[tuple[SaveGroup, Future]], following: SaveGroup) -> int:
-        names = [name for group, _ in waiting for name in group.names] + following.names
-        return sum(self._by_name[name].info.nbytes for name in names) * len(self.plan.sources)
-
-    def _read_group(self, names: list[str]) -> dict[str, Loaded]:
-        return {name: self.read(self._by_name[name]) for name in names}
 
     def read(self, parameter: PlannedParameter) -> Loaded:
         """The stored tensors of a parameter, in the order of the experts."""
@@ -249,18 +160,19 @@ class StreamingEngine:
     # -- computing ------------------------------------------------------------------------------------------------
 
     def _method(self, merge_type: str) -> TensorMethod:
-        if merge_type not in self._methods:
-            method = self._methods[merge_type] = get_merge_method(merge_type).method_cls()
-            method.has_spare_thread = self.num_proc < processors()
-        return self._methods[merge_type]
+        with self._opening:
+            if merge_type not in self._methods:
+                method = self._methods[merge_type] = get_merge_method(merge_type).method_cls()
+                method.has_spare_thread = self.num_proc < processors()
+            return self._methods[merge_type]
 
     def _group(self, parameter: PlannedParameter, loaded: Loaded) -> TensorGroup:
-        device = self.placement.device_of(parameter.name)
+        sent = loaded.mapped(self._transfer(self._device_of(parameter.name)).send)
         return TensorGroup(
             name=parameter.name,
             kind=parameter.kind,
-            stored_base=loaded.base.to(device) if loaded.base is not None else None,
-            stored_experts=[tensor.to(device) for tensor in loaded.experts],
+            stored_base=sent.base,
+            stored_experts=sent.experts,
             expert_names=tuple(source.name for source in self.plan.experts),
             settings=parameter.settings,
             seed=self.plan.config.seed,
@@ -297,7 +209,7 @@ class StreamingEngine:
         own = divide([parameter.info.nbytes for parameter in parameters], self.ranks.size)[self.ranks.rank]
         groups = [SaveGroup([parameters[index].name], {}, True) for index in own]
         observations = (
-            method.observe(self._group(self._by_name[name], tensors), round)
+            self._on_device(self._by_name[name], tensors, partial(method.observe, round=round))
             for _, loaded in self._read_ahead(groups)
             for name, tensors in loaded.items()
         )
@@ -314,21 +226,27 @@ class StreamingEngine:
             row["from"] = parameter.copy_from
             # A copy: a tensor of a model in memory must not become part of the result.
             return checked(parameter.name, stored.to("cpu", parameter.info.dtype, copy=True), parameter.copy_from)
-        group = self._group(parameter, loaded)
         if parameter.action == "merge":
             row["method"] = parameter.settings.merge_type
+        result, facts = self._on_device(parameter, loaded, lambda group: self._computed(parameter, group, rounded))
+        row.update(facts)
+        return result
+
+    def _computed(
+        self, parameter: PlannedParameter, group: TensorGroup, rounded: bool
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The merged value on the CPU, and what the report says about it."""
         result = empty_tensor(parameter.info.shape, parameter.info.dtype if rounded else group.dtype)
-        with one_thread() if self._in_pieces(parameter) else nullcontext():
+        with one_thread() if self._in_pieces(parameter) and group.device == CPU else nullcontext():
             steps = self._steps(parameter, group)
             norms = [self._finish_step(parameter, group, result.view(-1), step) for step in steps]
         # What overflows the dtype of the result may have been corrected by a later step.
-        if not all(one.own < _largest_square(result.dtype) for one in norms) and not all_finite(result):
-            raise NonFiniteError(self._describe_non_finite(parameter, group, torch.zeros(())))
-        row["norm"] = math.sqrt(max(0.0, math.fsum(one.added for one in norms)))
+        if not all(in_range(one.own, result.dtype) for one in norms) and not all_finite(result):
+            raise NonFiniteError(describe_non_finite(self.plan, parameter, group, torch.zeros(())))
+        facts = {"norm": math.sqrt(max(0.0, math.fsum(one.added for one in norms)))}
         if group.stored_base is not None:
-            row["task_vector_norm"] = math.sqrt(max(0.0, math.fsum(one.distance for one in norms)))
-        row.update(group.report)
-        return result
+            facts["task_vector_norm"] = math.sqrt(max(0.0, math.fsum(one.distance for one in norms)))
+        return result, facts | group.report
 
     def _in_pieces(self, parameter: PlannedParameter) -> bool:
         """Whether the parameter is merged in many short operations."""
@@ -349,23 +267,16 @@ class StreamingEngine:
     def _finish_step(self, parameter: PlannedParameter, group: TensorGroup, result: Tensor, step: Step) -> StepNorms:
         """Merges one step into its place in the result, rounded once."""
         merged, base = step.merge(), step.group.base
-        norm, distance = self._norms(merged, base, step.places)
+        norm, distance = squared_norms(merged, base, step.places)
         if step.places is not None:
             entries = result[(step.places + step.group.offset).to(result.device)].to(merged.device, merged.dtype)
-            old_norm, old_distance = self._norms(entries, base, step.places)
+            old_norm, old_distance = squared_norms(entries, base, step.places)
         else:
             old_norm = old_distance = 0.0
         step.put(merged, result)
-        if not norm < _largest_square(result.dtype) and not all_finite(merged):
-            raise NonFiniteError(self._describe_non_finite(parameter, group, merged))
+        if not in_range(norm, result.dtype) and not all_finite(merged):
+            raise NonFiniteError(describe_non_finite(self.plan, parameter, group, merged))
         return StepNorms(norm, norm - old_norm, distance - old_distance)
-
-    @staticmethod
-    def _norms(merged: Tensor, base: Tensor | None, places: Tensor | None) -> tuple[float, float]:
-        """The squared norms of merged values and of their distance to the base model's."""
-        if base is None:
-            return squared_norm(merged), 0.0
-        return squared_norm(merged), squared_norm(merged - (base if places is None else base.reshape(-1)[places]))
 
     def _row(self, parameter: PlannedParameter) -> dict[str, Any]:
         """Begins the report's row of a parameter."""
@@ -375,6 +286,8 @@ class StreamingEngine:
             "treatment": parameter.treatment,
             "sources": {"experts": parameter.experts, "base": parameter.base},
         }
+        if parameter.name in self._out_of_memory:
+            row["out_of_memory"] = str(self._out_of_memory[parameter.name])
         self.report.parameters[parameter.name] = row
         return row
 
@@ -389,26 +302,13 @@ class StreamingEngine:
         """Applies the further recipes of a parameter to a value that was merged elsewhere."""
         if not parameter.then:
             return merged
-        return self._follow(parameter, self._group(parameter, self.read(parameter)), merged)
+        return self._on_device(parameter, self.read(parameter), lambda group: self._follow(parameter, group, merged))
 
     @torch.no_grad()
     def merge_parameter(self, name: str, rounded: bool = False) -> Tensor:
         """Reads and merges one parameter now, in its output dtype when `rounded`, else in that of the arithmetic."""
         parameter = self._by_name[name]
         return self.finish(parameter, self.read(parameter), rounded)
-
-    def _describe_non_finite(self, parameter: PlannedParameter, group: TensorGroup, merged: Tensor) -> str:
-        sources = [
-            source for source, tensor in zip(self.plan.experts, group.experts()) if not torch.isfinite(tensor).all()
-        ]
-        if sources:
-            return f"The parameter '{parameter.name}' of {', '.join(map(str, sources))} holds NaN or infinity."
-        if group.base is not None and not torch.isfinite(group.base).all():
-            return f"The parameter '{parameter.name}' of the base model holds NaN or infinity."
-        if torch.isfinite(merged).all():
-            dtype = str(parameter.info.dtype).removeprefix("torch.")
-            return f"The merged parameter '{parameter.name}' is too large for {dtype}: pass dtype='bfloat16' or 'float32'."
-        return f"Merging '{parameter.name}' with '{parameter.settings.merge_type}' gave NaN or infinity: check its settings."
 
     # -- writing --------------------------------------------------------------------------------------------------
 
@@ -419,21 +319,6 @@ class StreamingEngine:
         for key, tensor in on_disk(self.plan, group, merged).items():
             sink.write(key, tensor)
             tell(Written(key, rows))
-
-
-class StepNorms(NamedTuple):
-    """The squared norm of the values of a step, and what the step adds to the squared norms of the parameter and of its distance to the
-    base model's."""
-
-    own: float
-    added: float
-    distance: float
-
-
-def _largest_square(dtype: torch.dtype) -> float:
-    """No entry of a tensor whose squared norm is below this is out of the range of `dtype`."""
-    largest = torch.finfo(dtype).max if dtype.is_floating_point else 0.0
-    return largest * largest
 
 
 def checked(name: str, tensor: Tensor, model: str) -> Tensor:

@@ -20,9 +20,10 @@ from ..methods.base import LinearMethod
 from ..registry import get_merge_method
 from .estimate import Estimate, sources_of, surveys
 from .forks import processors
+from .pipeline import Loaded
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
-from .streaming import Loaded, StreamingEngine
+from .streaming import StreamingEngine
 
 
 TRIAL_SECONDS = 0.05
@@ -53,17 +54,19 @@ def merge_seconds(plan: MergePlan, placement: Placement, estimate: Estimate, fol
 
 
 def compute_seconds(plan: MergePlan, placement: Placement) -> float:
-    """The time of the arithmetic alone. Parameters that are treated alike share a trial."""
+    """The time of the arithmetic alone, of the device that takes the longest. Parameters that are treated alike share a trial."""
+    placement = placement.over(plan, plan.groups)
     engine = _Trials(plan, placement)
-    alike: dict[tuple, list[PlannedParameter]] = {}
+    costs: dict[tuple, tuple[float, float]] = {}
+    seconds: dict[torch.device, float] = {}
     for parameter in plan.parameters:
         if parameter.info.nbytes:
-            alike.setdefault(_treatment(plan, placement, parameter), []).append(parameter)
-    total = 0.0
-    for parameters in alike.values():
-        overhead, rate = engine.cost(parameters[0])
-        total += len(parameters) * overhead + rate * sum(_work(one, one.info.shape) for one in parameters)
-    return total
+            treatment, device = _treatment(plan, placement, parameter), placement.device_of(parameter.name)
+            if treatment not in costs:
+                costs[treatment] = engine.cost(parameter)
+            overhead, rate = costs[treatment]
+            seconds[device] = seconds.get(device, 0.0) + overhead + rate * _work(parameter, parameter.info.shape)
+    return max(seconds.values(), default=0.0)
 
 
 def _treatment(plan: MergePlan, placement: Placement, parameter: PlannedParameter) -> tuple:
@@ -71,7 +74,7 @@ def _treatment(plan: MergePlan, placement: Placement, parameter: PlannedParamete
     steps = tuple(step.merge_type for step in (parameter.settings, *parameter.then))
     dtypes = tuple(source.parameters[name].dtype for source, name in sources_of(plan, parameter))
     kind = parameter.kind if parameter.action == "merge" else None
-    device = str(placement.device_of(parameter.name))
+    device = placement.device_of(parameter.name).type
     return parameter.action, kind, steps, dtypes, parameter.info.dtype, device, min(len(parameter.info.shape), 2)
 
 

@@ -110,7 +110,8 @@ class TensorMethod(MergeMethod):
     """A data-free method: parameter by parameter.
 
     A subclass implements [`~TensorMethod.merge`] and takes every setting from `group.settings`. One instance serves the whole
-    merge, in several threads: keep nothing on `self` but what `observe` gathers.
+    merge, in several threads: keep nothing on `self` but what `observe` gathers. A parameter that is too large for the memory of its
+    device is merged once more on the CPU.
     """
 
     kinds: ClassVar[frozenset[ParameterKind] | None] = None

@@ -35,8 +35,8 @@ from hf_merge.checkpoints.storage import SafetensorsStorage
 from hf_merge.data.calibration import TaskSamples
 from hf_merge.engines import estimate as estimates
 from hf_merge.engines.estimate_blocks import Samples
+from hf_merge.engines.pipeline import READ_AHEAD
 from hf_merge.engines.placement import Placement
-from hf_merge.engines.streaming import READ_AHEAD
 from hf_merge.kinds import ParameterKind
 from hf_merge.methods.base import LinearMethod, TensorMethod
 from hf_merge.methods.model_base import ModelMethod

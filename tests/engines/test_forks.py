@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_merge import ConfigError, DareConfig, LinearConfig, Merger, RankLostError
 from hf_merge.checkpoints import shards
-from hf_merge.engines import estimate, forks, streaming
+from hf_merge.engines import estimate, forks, pipeline
 from hf_merge.engines.forks import run_forked
 from hf_merge.engines.placement import Placement
 
@@ -57,7 +57,7 @@ def rows(folder: Path) -> dict:
 @pytest.mark.parametrize("shard_size", ["20KB", "5GB"])
 @pytest.mark.parametrize("case", CASES)
 def test_any_number_of_processes_writes_the_same(bed: Bed, tmp_path: Path, monkeypatch, case: str, shard_size: str):
-    monkeypatch.setattr(streaming, "READ_AHEAD", 0)
+    monkeypatch.setattr(pipeline, "READ_AHEAD", 0)
     for count in (1, 2, 5):
         arguments = command(bed, tmp_path / str(count), CASES[case], "--num-proc", str(count))
         assert run_cli([*arguments, "--max-shard-size", shard_size]) == 0
@@ -70,7 +70,7 @@ def test_any_number_of_processes_writes_the_same(bed: Bed, tmp_path: Path, monke
 def at_write(action: Callable[[], None], place: Path, count: int = 1, own: bool = False) -> None:
     """Notes the processes that write, and lets forks (or the process that they come from) do something at a write."""
     write, left, main = shards._ShardFile.write, [count], os.getpid()
-    streaming.READ_AHEAD = 0  # the model is small: else the first one reads all of it
+    pipeline.READ_AHEAD = 0  # the model is small: else the first one reads all of it
 
     def noted(self, key, tensor) -> None:
         with open(place, "a", encoding="utf-8") as file:
@@ -132,7 +132,7 @@ def test_an_error_is_that_of_the_merge(bed: Bed, tmp_path: Path, action, own: bo
 
 
 def test_nan_is_found_in_every_process(bed: Bed, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(streaming, "READ_AHEAD", 0)
+    monkeypatch.setattr(pipeline, "READ_AHEAD", 0)
     spoiled = bed.copy(tmp_path / "spoiled")
     path = next(spoiled.experts["a"].glob("*.safetensors"))
     tensors = load_file(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -304,6 +305,18 @@ def test_no_remark_where_it_is_switched_off_or_cured(settings):
 
 def test_no_remark_on_norms_that_match():
     assert not norm_remarks([1.0, 0.5, 2.0])
+
+
+def test_an_attempt_without_enough_memory_does_not_count(monkeypatch):
+    vectors = task_matrices(13, 2, 12, 20) * torch.tensor([1.0, 0.1], dtype=torch.float64)[:, None, None]
+    once, twice = Wudi(), Wudi()
+    once(group_of(vectors, WudiConfig()))
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_merge.methods.wudi.method.solve", mock.Mock(side_effect=torch.OutOfMemoryError))
+        with pytest.raises(torch.OutOfMemoryError):
+            twice(group_of(vectors, WudiConfig()))
+    twice(group_of(vectors, WudiConfig()))
+    assert twice.noticed() == once.noticed()
 
 
 def test_only_equal_norms_need_a_pass_over_the_checkpoints():

@@ -83,6 +83,8 @@ class Wudi(LinearMethod):
         vectors = _ScaledMatrices(task_matrices, scales, solve_dtype(task_matrices.base))
         norms = [torch.linalg.vector_norm(vector).item() for vector in vectors]
         if group.settings.check_norms and not self._scales:
+            if not task_matrices.index:
+                self._squares.pop(group.name, None)  # of an attempt for which the memory was too small
             for name, norm in zip(group.expert_names, norms, strict=True):
                 self._squares.setdefault(group.name, {}).setdefault(name, []).append(norm**2)
         vectors.drop([index for index, norm in enumerate(norms) if norm == 0])
