@@ -111,7 +111,9 @@ def run(
     for note in report.notes:
         typer.echo(f"note: {note}", err=True)
     seconds = sum(report.seconds.values())
-    typer.echo(f"Merged {len(merger.experts)} models with '{merger.config.merge_type}' into {out} in {seconds:.1f} s")
+    forks = f" in {report.num_proc} processes" if report.num_proc > 1 else ""
+    merged = f"Merged {len(merger.experts)} models with '{merger.config.merge_type}' into {out}"
+    typer.echo(f"{merged} in {seconds:.1f} s{forks}")
     if merger.plan.heads:
         typer.echo(f"Heads kept per task: {', '.join(merger.plan.heads)}")
 
@@ -303,7 +305,7 @@ def console() -> NoReturn:
         sys.exit(code)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # nobody reads it any more
+        with suppress(OSError, ValueError, AttributeError):  # closed, or nobody reads it any more
             stream.flush()
     os._exit(code or 0)
 

@@ -349,7 +349,8 @@ class Merger(HubMixin):
         """Writes the merged model as a folder that `from_pretrained` loads.
 
         Without a [`~Merger.merge`] before, the merge is streamed from disk to disk and the model is never in memory. The folder
-        is complete or absent: a merge that was killed leaves `<folder>.partial`, and running it again continues there.
+        is complete or absent: a merge that was killed leaves `<folder>.partial`, and running it again continues there,
+        after the weight files that are finished.
 
         In a `torch.distributed` job (`torchrun`, `accelerate launch`) all ranks make this call, with the same arguments. They divide the
         weight files among them, and the samples of methods that merge block by block; anything else is done by rank 0. All return when
@@ -384,7 +385,7 @@ class Merger(HubMixin):
         ranks = all_ranks() if distributed else Ranks()
 
         def save_together() -> None:
-            self._save(ranks, folder, max_shard_size, num_proc, data, callbacks, args)
+            self._save(ranks, folder, max_shard_size, num_proc, (data, callbacks, args))
             if push_to_hub:
                 ranks.on_first(lambda: upload_folder(folder, repo_id or folder.name, **kwargs), "upload")
 
@@ -401,7 +402,11 @@ class Merger(HubMixin):
         max_shard_size: int | str = "5GB",
         distributed: bool = True,
         num_proc: int | str | None = None,
-        **upload_kwargs,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
     ) -> str:
         """Saves into a temporary folder and uploads it.
 
@@ -411,8 +416,11 @@ class Merger(HubMixin):
         Args:
             repo_id (`str`): The repository, `name` or `namespace/name`; it is created when missing.
             data, callbacks, args, max_shard_size, distributed, num_proc: As in [`~Merger.save_pretrained`].
-            upload_kwargs: `commit_message` ("Upload merged model" by default), `private` (of a new repository), `token` (the stored one by
-                default), `revision` (the branch to push to), `create_pr` (open a pull request instead of pushing).
+            commit_message (`str`, *optional*): Defaults to "Upload merged model".
+            private (`bool`, *optional*): Whether a new repository is private.
+            token (`bool` or `str`, *optional*): The access token; the stored one by default.
+            revision (`str`, *optional*): The branch to push to.
+            create_pr (`bool`): Open a pull request instead of pushing.
 
         Returns:
             `str`: The URL of the commit.
@@ -421,19 +429,20 @@ class Merger(HubMixin):
             OutputError: The Hub refuses, or cannot be reached.
             MergeError: As in [`~Merger.save_pretrained`], or rank 0 could not upload.
         """
-        unknown = sorted(set(upload_kwargs) - set(_UPLOAD_ARGUMENTS))
-        if unknown:
-            known = (*_SAVE_ARGUMENTS, *_UPLOAD_ARGUMENTS)
-            raise ConfigError(
-                f"Merger.push_to_hub cannot use the argument '{unknown[0]}'.{suggest(unknown[0], known)}"
-            )
+        upload = {
+            "commit_message": commit_message,
+            "private": private,
+            "token": token,
+            "revision": revision,
+            "create_pr": create_pr,
+        }
         ranks = all_ranks("push to the Hub") if distributed else Ranks()
 
         def push() -> str:
             with temporary_folder(ranks) as (folder, is_shared):
                 target = folder / "upload"
-                self._save(ranks, target, max_shard_size, num_proc, data, callbacks, args, is_shared=is_shared)
-                return ranks.on_first(lambda: upload_folder(target, repo_id, **upload_kwargs), "upload")
+                self._save(ranks, target, max_shard_size, num_proc, (data, callbacks, args), is_shared)
+                return ranks.on_first(lambda: upload_folder(target, repo_id, **upload), "upload")
 
         with ranks.quiet():
             return ranks.step(push)
@@ -444,18 +453,17 @@ class Merger(HubMixin):
         folder: Path,
         max_shard_size: int | str,
         num_proc: int | str | None,
-        data: Any,
-        *options: Any,
+        given: tuple[Any, Any, Any],
         is_shared: bool = True,
     ) -> None:
-        """Saves on all ranks together, where they see the folder."""
+        """Saves on all ranks together, where they see the folder. `given` are data, callbacks and args."""
         num_proc = checked_num_proc(num_proc)
 
         def save(ranks: Ranks) -> MergeReport:
             if self.model is None:
-                plan, engine = self._prepare(ranks, folder, data, *options)
+                plan, engine = self._prepare(ranks, folder, *given)
                 return save_merge(ranks, plan, engine, folder, max_shard_size, num_proc)
-            if data is not None:
+            if given[0] is not None:
                 raise ConfigError("The models are merged already, the samples would not be used: leave 'data' out.")
             save_model(self.check(folder), self.model, self.report, folder, max_shard_size)
             return self.report
@@ -494,7 +502,7 @@ def checked_num_proc(num_proc: Any) -> int | str | None:
     """The argument `num_proc`, or a [`ConfigError`]."""
     if num_proc in (None, "auto") or type(num_proc) is int and num_proc >= 1:
         return num_proc
-    raise ConfigError(f"num_proc must be a number of processes or 'auto', got {num_proc!r}.")
+    raise ConfigError(f"num_proc must be a number of processes, at least 1, or 'auto', got {num_proc!r}.")
 
 
 def default_config(base_known: bool) -> MergeConfig:

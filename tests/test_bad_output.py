@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -122,3 +123,15 @@ def test_command_as_a_process(bed: Bed):
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr[:500]
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_closed_streams_change_no_exit_code(bed: Bed, tmp_path: Path, closed: str):
+    """The console script ends the process itself, whatever became of its streams."""
+    place = {"stdout": ">&-", "stderr": "2>&-"}[closed]
+    for out, code in ((tmp_path / "out", 0), (tmp_path / "out", 2)):  # the second time it is not empty
+        words = [sys.executable, "-m", "hf_merge", *bed.command(method="linear", base=False)]
+        words[words.index("--out") + 1] = str(out)
+        done = run_process(["/bin/sh", "-c", f"{shlex.join(words)} {place}"])
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr

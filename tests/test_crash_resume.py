@@ -112,6 +112,8 @@ def test_finished_shards_are_not_written_again(bed: Bed, expected):
     assert contents(out) == expected
     assert len(kept) >= len(times) - 1, "at most the shard that was being written is repeated"
     assert_same_rows(out, bed.folder / "uninterrupted" / "out")
+    (note,) = json.loads((out / "merge_report.json").read_text())["notes"]
+    assert note.startswith(f"continued: {len(times)} of ")
 
 
 def assert_same_rows(found: Path, expected: Path) -> None:

@@ -164,11 +164,13 @@ def write(page: Path, bench: str, content: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="holds the experts and the data of the bench")
     parser.add_argument("--bench", choices=BENCHES, default="text")
     known = sorted(available_merge_methods())
     parser.add_argument("--methods", nargs="+", choices=known, default=known, metavar="METHOD")
-    parser.add_argument("--samples", type=int, default=64, help="of each task, for methods that need samples")
+    parser.add_argument(
+        "--samples", type=int, default=64, help="of each task, for methods that need samples; %(default)s by default"
+    )
     parser.add_argument("--test", type=int, help="test rows of each task; all when not given")
     parser.add_argument("--results", type=Path, help="keeps finished rows; quality-<bench>.jsonl when not given")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table between the bench's markers")
@@ -177,6 +179,11 @@ def main() -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     bench = BENCHES[args.bench](args.folder, args.samples, args.test)
+    missing = [str(path) for path in bench.experts.values() if not (path / "config.json").is_file()]
+    if missing or not bench.experts:
+        parser.error(
+            f"'{args.folder}' has no models for --bench {args.bench}{': ' if missing else ''}{', '.join(missing)}"
+        )
     results = args.results or Path(f"quality-{args.bench}.jsonl")
     rows = []
     for method in args.methods:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import weakref
 
@@ -22,25 +23,38 @@ class _Pool:
 
     def __init__(self) -> None:
         self._free: list[np.ndarray] = []  # the one that came back last at the end
-        self._lock = threading.RLock()  # the collector may give memory back in the middle of a call
+        self._unlock()
+
+    def _unlock(self) -> None:
+        self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> np.ndarray:
         """Uninitialised memory (uint8, flat), which comes back when nothing refers to the array."""
         with self._lock:
             place = next((place for place, memory in enumerate(self._free) if memory.nbytes == nbytes), None)
-            memory = np.empty(nbytes, dtype=np.uint8) if place is None else self._free.pop(place)
+            memory = None if place is None else self._free.pop(place)
+        if memory is None:
+            memory = np.empty(nbytes, dtype=np.uint8)
         lent = memory[:]
-        weakref.finalize(lent, self._give_back, memory).atexit = False
+        if nbytes <= KEPT:
+            weakref.finalize(lent, self._give_back, memory).atexit = False
         return lent
 
     def _give_back(self, memory: np.ndarray) -> None:
-        with self._lock:
+        # Does not wait: the collector may call this in the middle of `take`. What is not kept goes back to the system.
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
             self._free.append(memory)
             while sum(one.nbytes for one in self._free) > KEPT:
                 del self._free[0]
+        finally:
+            self._lock.release()
 
 
 _pool = _Pool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool._unlock)
 
 
 def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -66,9 +66,11 @@ class TensorInfo:
 
 
 class Storage:
-    """Tensors by name on disk. `infos` is filled from headers alone; `read` gives one tensor."""
+    """Tensors by name on disk. `infos` is filled from headers alone; `read` gives one tensor; `is_on_cpu` says whether no tensor comes
+    from another device."""
 
     infos: dict[str, TensorInfo]
+    is_on_cpu: bool = True
 
     def read(self, key: str) -> Tensor:
         """The tensor `key` in its stored dtype, on the CPU. The caller must not change it."""
@@ -145,6 +147,7 @@ class StateDictStorage(Storage):
                     f"{where}: '{key}' has no data (it is on the meta device, e.g. offloaded): give the model's path instead."
                 )
         self.tensors = state_dict
+        self.is_on_cpu = all(value.device.type == "cpu" for value in state_dict.values())
         self.infos = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in state_dict.items()}
 
     def read(self, key: str) -> Tensor:

@@ -186,7 +186,7 @@ def _contents(row: Any, model: TaskModel, columns: Sequence[str] | None) -> Any:
     if not isinstance(row, Mapping):
         return row
     if columns is None:
-        found = [key for key, value in row.items() if isinstance(value, str)]
+        found = [key for key, value in row.items() if isinstance(value, str) and key not in LABELS]
         if not found:
             found = [key for key, value in row.items() if key not in LABELS and not isinstance(value, (int, float))]
         if len(found) != 1:

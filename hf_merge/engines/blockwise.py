@@ -99,7 +99,7 @@ class BlockwiseEngine:
             sink ([`Sink`]): Where the tensors go.
         """
         start = time.perf_counter()
-        check_samples(self.ranks, self.samples)
+        check_samples(self.ranks, self.samples, self.options)
         self.store.follow(self.ranks.gather(self.store.finished)[0])
         self.initial.survey()
         self.report.seconds["survey"] = time.perf_counter() - start

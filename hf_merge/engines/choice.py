@@ -29,7 +29,7 @@ from .blockwise import BlockwiseEngine
 from .calibrated import initial_plan
 from .end_to_end import EndToEndEngine
 from .ensembles import build_ensemble_plan
-from .estimate import Estimate, count_processes, streaming_memory, together, traffic
+from .estimate import NOT_FORKED, Estimate, count_processes, streaming_memory, together, traffic
 from .estimate_blocks import Samples, block_disk, blockwise_memory
 from .estimate_models import end_to_end_memory
 from .mixture_plan import build_mixture_plan
@@ -219,7 +219,9 @@ def estimate_merge(
     """
     if plan.members:
         parts = [replace(one, config=plan.config, members={}) for one in (plan, *plan.members.values())]
-        return together([estimate_merge(one, placement, timed=timed, folder=folder) for one in parts])
+        return together(
+            [estimate_merge(one, placement, timed=timed, folder=folder, num_proc=num_proc) for one in parts]
+        )
     method = get_merge_method(plan.config.merge_type).method_cls
     by_block = issubclass(method, BlockMethod)
     streamed = issubclass(method, (TensorMethod, OutputMethod)) and not all_adapters(plan.experts)
@@ -245,6 +247,8 @@ def estimate_merge(
         groups = plan_saving(target.converter, target.layout, plan.outputs)
         if tensor_engine(plan, placement).can_fork():
             estimate.num_proc = min(count_processes(plan, placement, groups, num_proc), len(groups))
+        elif isinstance(num_proc, int) and num_proc > 1:
+            estimate.notes.append(NOT_FORKED.format(num_proc))
         estimate.memory = streaming_memory(plan, placement, groups, estimate.num_proc)
         estimate.seconds = merge_seconds(plan, placement, estimate, folder) if timed else None
     else:

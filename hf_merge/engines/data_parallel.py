@@ -15,7 +15,11 @@ from ..data.calibration import TaskSamples
 from ..errors import MergeError
 from ..methods.block_base import BlockMonitor
 from .block_runner import Key
+from .options import EngineOptions
 from .ranks import Ranks
+
+
+_SHARED_OPTIONS = ("bf16", "gradient_accumulation_steps", "cache_dtype", "seed")
 
 
 def own_batches(ranks: Ranks, batches: Sequence[Sequence[Batch]]) -> dict[Key, Batch]:
@@ -45,14 +49,21 @@ def _rows(count: int, parts: int, part: int) -> range:
     return range(start, start + size + (part < more))
 
 
-def check_samples(ranks: Ranks, samples: TaskSamples) -> None:
-    """All ranks are given the same samples.
+def check_samples(ranks: Ranks, samples: TaskSamples, options: EngineOptions) -> None:
+    """All ranks are given the same samples and options.
 
     Raises:
         MergeError: A rank has others than rank 0.
     """
     if ranks.size == 1:
         return
+    given = ranks.gather({name: getattr(options, name) for name in _SHARED_OPTIONS})
+    for name in _SHARED_OPTIONS:
+        values = [str(one[name]) for one in given]
+        if len(set(values)) > 1:
+            raise MergeError(
+                f"The ranks were given different values of '{name}': {', '.join(values)}. Pass the same args on all."
+            )
     prints = ranks.gather(samples.fingerprint())
     other = next((rank for rank, print_of_rank in enumerate(prints) if print_of_rank != prints[0]), None)
     if other is not None:

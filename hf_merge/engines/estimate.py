@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 
 from ..adapters.source import AdapterSource
@@ -20,12 +19,17 @@ from ..checkpoints.storage import StateDictStorage
 from ..methods.base import FLOAT32, ElementwiseMethod, TensorMethod
 from ..methods.groups import LARGE_PIECE
 from ..registry import get_merge_method
-from .forks import MOST_PROCESSES, processors
+from .forks import MOST_PROCESSES, free_memory, processors
 from .pipeline import READ_AHEAD
 from .placement import CPU, Placement
 from .plan import MergePlan, PlannedParameter
 from .report import process_memory
 from .transfer import STAGED, copies_ahead
+
+
+NOT_FORKED = "num_proc={} has no effect: this merge is not divided among forks"
+FORK = 35 << 20
+"""Bytes of a fork beside what it merges: what Python writes when it reads, and what the fork touches of the libraries; measured."""
 
 
 @dataclass
@@ -178,7 +182,7 @@ def streaming_memory(
     """
     placement = placement.over(plan, groups)
     parts = placement.by_device(groups)
-    peaks = {"cpu": process_memory()}
+    peaks = {"cpu": process_memory() + (num_proc - 1) * FORK}
     for device, part in parts.items():
         # Nobody knows which of several devices is how far: all of them are counted at their peak.
         for name, nbytes in _peaks(plan, placement, device, part, num_proc if len(parts) == 1 else 1).items():
@@ -267,7 +271,7 @@ def count_processes(
     if ranks > 1 or most < 2:
         return 1
     each = streaming_memory(plan, placement, groups)["cpu"] - process_memory()
-    return max(1, min(most, psutil.virtual_memory().available // 2 // max(each, 1)))
+    return max(1, min(most, free_memory() // 2 // max(each, 1)))
 
 
 def _on_device(

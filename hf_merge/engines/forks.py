@@ -12,11 +12,15 @@ import struct
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import psutil
 import torch
 
 from ..errors import MergeError, RankLostError
@@ -29,6 +33,8 @@ T = TypeVar("T")
 MOST_PROCESSES = 8
 """How many processes are used by default at most: more gain little, as they share the memory's bandwidth and the disk."""
 
+CGROUP = Path("/sys/fs/cgroup")
+
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _TOKEN = struct.Struct("<I")
 _MOST_TOKENS = 4096 // _TOKEN.size  # the smallest pipe that the system makes holds a page
@@ -36,7 +42,26 @@ _MOST_TOKENS = 4096 // _TOKEN.size  # the smallest pipe that the system makes ho
 
 def processors() -> int:
     """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = _of_container("cpu.max").partition(" ")
+    return max(1, min(own, int(quota) // int(period))) if quota.isdecimal() and period.isdecimal() else own
+
+
+def free_memory() -> int:
+    """How many bytes this process may still take."""
+    own, limit = psutil.virtual_memory().available, _of_container("memory.max")
+    if not limit.isdecimal():
+        return own
+    used = dict(line.split() for line in _of_container("memory.stat").splitlines())
+    return max(0, min(own, int(limit) - int(used.get("anon", 0))))
+
+
+def _of_container(name: str) -> str:
+    """A limit of the container that this process is in (cgroup v2); empty where there is none."""
+    try:
+        return (CGROUP / name).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
 
 
 def can_fork() -> bool:
@@ -104,35 +129,51 @@ def run_forked(
         RankLostError: One of them was killed.
     """
     claims = _Claims(items)
-    context = multiprocessing.get_context("fork")
-    forks: dict[Connection, Any] = {}
+    forks: dict[Connection, BaseProcess] = {}
     listener = _Listener(forks, told, claims)
     try:
-        for _ in range(count - 1):
-            receiving, sending = context.Pipe(duplex=False)
-            fork = context.Process(target=_work_apart, args=(claims, work, sending, [receiving, *forks]))
-            try:
-                fork.start()
-            except OSError as error:
-                receiving.close()
-                logger.warning("Merging in %d instead of %d processes: %s.", 1 + len(forks), count, error)
-                break
-            finally:
-                sending.close()
-            forks[receiving] = fork
+        while len(forks) < count - 1 and _start(forks, claims, work):
+            pass
+        if len(forks) < count - 1:
+            logger.warning("Merging in %d processes instead of %d: the system starts no more.", 1 + len(forks), count)
         listener.start()
         own = work(iter(claims), listener.tell)
         listener.join()
         return [own, *listener.results()]
     finally:
-        for fork in forks.values():
+        started = [fork for fork in forks.values() if fork.pid is not None]
+        for fork in started:
             fork.kill()  # those that are done have ended already, and what others do is not wanted any more
+        for fork in started:
             fork.join()
         if listener.ident is not None:
             listener.join()
         for connection in forks:
             connection.close()
         claims.close()
+
+
+def _start(forks: dict[Connection, BaseProcess], claims: _Claims, work: Callable) -> bool:
+    """Starts one more fork, unless the system refuses."""
+    context = multiprocessing.get_context("fork")
+    try:
+        receiving, sending = context.Pipe(duplex=False)
+    except OSError:
+        return False
+    arguments = (claims, work, sending, [receiving, *forks])
+    fork = forks[receiving] = context.Process(target=_work_apart, args=arguments, daemon=True)
+    try:
+        with warnings.catch_warnings():
+            # A fork takes no lock but those that are made anew in it.
+            warnings.filterwarnings("ignore", message=".*use of fork", category=DeprecationWarning)
+            fork.start()
+    except OSError:
+        del forks[receiving]
+        receiving.close()
+        return False
+    finally:
+        sending.close()
+    return True
 
 
 def _work_apart(claims: _Claims, work: Callable, sending: Connection, foreign: list[Connection]) -> None:
@@ -144,12 +185,12 @@ def _work_apart(claims: _Claims, work: Callable, sending: Connection, foreign: l
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     try:
         answer: Any = _Done(work(iter(claims), sending.send))
-    except BrokenPipeError:
-        return
+        message = pickle.dumps(answer)
     except Exception as error:  # noqa: BLE001  raised again by the process that it comes from
         claims.give_up()
-        answer = _Failed(_portable(error), traceback.format_exc())
-    sending.send(answer)
+        message = pickle.dumps(_Failed(_portable(error), traceback.format_exc()))
+    with suppress(BrokenPipeError):
+        sending.send_bytes(message)
 
 
 def _end_with(parent: int) -> None:
@@ -170,7 +211,7 @@ def _portable(error: Exception) -> Exception:
 class _Listener(threading.Thread):
     """Hears what forks tell, until all of them have ended."""
 
-    def __init__(self, forks: dict[Connection, Any], told: Callable[[Any], None], claims: _Claims):
+    def __init__(self, forks: dict[Connection, BaseProcess], told: Callable[[Any], None], claims: _Claims):
         super().__init__(name="hf_merge-listen", daemon=True)
         self._forks = forks
         self._told = told
@@ -190,17 +231,22 @@ class _Listener(threading.Thread):
             for connection in wait(open_ones):
                 try:
                     heard = connection.recv()
-                    if isinstance(heard, (_Done, _Failed)):
-                        self._answers[connection] = heard
-                    elif self._error is None:
-                        self.tell(heard)
-                except (EOFError, ConnectionError):
+                except (EOFError, OSError):  # also in the middle of a message
                     open_ones.remove(connection)
                     if connection not in self._answers:
                         self._claims.give_up()
-                except Exception as error:  # noqa: BLE001  raised again by `results`
-                    self._error = error
-                    self._claims.give_up()
+                    continue
+                if isinstance(heard, (_Done, _Failed)):
+                    self._answers[connection] = heard
+                elif self._error is None:
+                    self._hear(heard)
+
+    def _hear(self, something: Any) -> None:
+        try:
+            self.tell(something)
+        except Exception as error:  # noqa: BLE001  raised again by `results`
+            self._error = error
+            self._claims.give_up()
 
     def results(self) -> list[Any]:
         """What the forks returned.

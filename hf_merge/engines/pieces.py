@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,16 @@ from ..methods.groups import PIECE
 
 
 _lock, _inside, _threads = threading.Lock(), 0, 1
+
+
+def _begin_anew() -> None:
+    """In a fork, which has none of the other threads."""
+    global _lock, _inside
+    _lock, _inside = threading.Lock(), 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 @contextmanager

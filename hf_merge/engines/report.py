@@ -18,6 +18,7 @@ class MergeReport:
         - **parameters** (`dict[str, dict]`) -- Per parameter: kind, action, method, norms, and what the method reports.
         - **seconds** (`dict[str, float]`) -- Wall time by phase.
         - **peak_memory_bytes** (`int`) -- The largest resident set of the process so far; the largest of all ranks.
+        - **num_proc** (`int`) -- How many processes of this machine merged, of each rank.
         - **blocks** (`dict[str, dict]`) -- Per block, for methods that need data: losses and steps.
         - **heads** (`dict[str, dict]`) -- Per task whose head was fitted or whose features are corrected: which layers, and to how
           many samples.
@@ -29,6 +30,7 @@ class MergeReport:
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+    num_proc: int = 1
     blocks: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
     heads: dict[str, dict[str, Any]] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)

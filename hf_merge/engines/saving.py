@@ -20,7 +20,7 @@ from ..hub import MEMBERS_FOLDER
 from .adapter_output import AdapterSink, checkpoint_layout, seal_adapter
 from .choice import Engine
 from .division import run_part, shared_output
-from .estimate import count_processes
+from .estimate import NOT_FORKED, count_processes
 from .identity import fingerprint
 from .placement import Placement
 from .plan import MergePlan
@@ -83,15 +83,21 @@ def save_merge(
         return _save_adapter(plan, engine, folder)
     groups, layout = _files(plan, max_shard_size)
     if isinstance(engine, StreamingEngine) and engine.can_fork():
-        engine.num_proc = count_processes(plan, engine.placement, groups, num_proc, ranks.size)
+        engine.num_proc = min(count_processes(plan, engine.placement, groups, num_proc, ranks.size), len(groups))
+        engine.report.num_proc = engine.num_proc
+    elif isinstance(num_proc, int) and num_proc > 1:
+        engine.report.notes.append(NOT_FORKED.format(num_proc))
     with shared_output(ranks, folder, plan, layout, engine.identity) as output:
         kept = output.kept_rows()
+        if output.finished:
+            found = f"{len(output.finished)} of {len(layout.shards)} weight files"
+            engine.report.notes.append(f"continued: {found} were there; seconds and memory are those of the others")
         names = {key: group.names for group in groups for key in group.disk}
         output.rows_of = lambda shard: _rows(engine.report, [name for key in shard.infos for name in names[key]])
         report = engine.run(groups, output) if ranks.size == 1 else run_part(ranks, engine, groups, output)
         report.parameters = _completed(report.parameters, kept, groups)
         if ranks.is_first:
-            _save_members(plan, output.partial, max_shard_size)
+            _save_members(plan, output.partial, max_shard_size, num_proc)
             seal(plan, output, report)
     return report
 
@@ -143,11 +149,11 @@ def save_model(
         seal(plan, output, report)
 
 
-def _save_members(plan: MergePlan, folder: Path, max_shard_size: int | str) -> None:
+def _save_members(plan: MergePlan, folder: Path, max_shard_size: int | str, num_proc: int | str | None = None) -> None:
     """Writes the experts that are kept whole, each as a folder that loads by itself."""
     for name, member in plan.members.items():
         engine = StreamingEngine(member, Placement())
-        save_merge(Ranks(), member, engine, folder / MEMBERS_FOLDER / name, max_shard_size)
+        save_merge(Ranks(), member, engine, folder / MEMBERS_FOLDER / name, max_shard_size, num_proc)
 
 
 def _files(plan: MergePlan, max_shard_size: int | str) -> tuple[list[SaveGroup], CheckpointLayout]:

@@ -132,10 +132,10 @@ class StreamingEngine(Pipeline):
     # -- several processes ----------------------------------------------------------------------------------------
 
     def can_fork(self) -> bool:
-        """Whether forks of this process can merge a part of the parameters: in pieces, which need no threads, from files, on the CPU."""
+        """Whether forks of this process can merge a part of the parameters: in pieces, which need no threads, from files or memory that forks can read, on the CPU."""
         return (
             can_fork()
-            and all(type(source) is ModelSource for source in self.plan.sources)
+            and all(type(source) is ModelSource and source.storage.is_on_cpu for source in self.plan.sources)
             and all(self.placement.device_of(name) == CPU for name in self._by_name)
             and all(
                 parameter.action == "copy" or (self._in_pieces(parameter) and not parameter.then)
@@ -315,10 +315,11 @@ class StreamingEngine(Pipeline):
     def _write(
         self, group: SaveGroup, merged: Mapping[str, Tensor], sink: Sink, tell: Callable[[Written], Any]
     ) -> None:
-        rows = {name: self.report.parameters[name] for name in group.names}
+        rows = {name: self.report.parameters[name] for name in group.names}  # told once
         for key, tensor in on_disk(self.plan, group, merged).items():
             sink.write(key, tensor)
             tell(Written(key, rows))
+            rows = {}
 
 
 def checked(name: str, tensor: Tensor, model: str) -> Tensor:

@@ -69,7 +69,7 @@ class TensorGroup:
     report: dict[str, float] = field(default_factory=dict)
     offset: int = 0
     foreseen: Any = None
-    _generators: dict[tuple[int, str], tuple[np.random.Generator, int]] = field(default_factory=dict, repr=False)
+    _generators: dict[tuple[str, str], tuple[np.random.Generator, int]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.stored_experts)
@@ -173,11 +173,12 @@ class TensorGroup:
         """The numbers of `count` entries from a place on."""
         first, skipped = divmod(start, _DRAWS_PER_COUNT)
         counts = -(-(skipped + count) // _DRAWS_PER_COUNT)
-        generator, at = self._generators.pop((index, purpose), None) or (self.random(index, purpose), 0)
+        key = self.expert_names[index], purpose
+        generator, at = self._generators.pop(key, None) or (self.random(index, purpose), 0)
         if at != first:
             generator.bit_generator.advance(first - at)
         words = generator.integers(0, 1 << 64, dtype=np.uint64, size=4 * counts)
-        self._generators[index, purpose] = generator, first + counts
+        self._generators[key] = generator, first + counts
         return words.astype("<u8", copy=False).view("<u2")[skipped : skipped + count]
 
     def keep_mask(self, index: int, probability: float | Tensor) -> Tensor:

@@ -188,6 +188,11 @@ class _Bracket:
         self._places: list[np.ndarray] = []
         self._inside: list[np.ndarray] = []
 
+    def _farther(self) -> float:
+        """By how many ranks to go on: four times as far each time."""
+        self._spread *= 4
+        return self._spread
+
     def see(self, bits: np.ndarray, start: int) -> None:
         """Looks at entries, of which `start` come before."""
         self._above += np.count_nonzero(bits > self.high)
@@ -195,7 +200,8 @@ class _Bracket:
         if self.high > self.low:
             self._at_low += np.count_nonzero(bits == self.low)
             # Those between the two: for smaller ones the difference wraps around.
-            places = np.flatnonzero(bits - (self.low + 1) < self.high - self.low - 1)
+            one = self.low.dtype.type(1)
+            places = np.flatnonzero(bits - (self.low + one) < self.high - self.low - one)
             self._places.append(places + start)
             self._inside.append(bits[places])
 
@@ -205,7 +211,7 @@ class _Bracket:
         inside = np.concatenate(self._inside) if self._inside else np.empty(0, self.low.dtype)
         between, below = rank - self._at_high, rank - self._at_high - len(inside)
         if rank < 1:
-            self._between(self._ranks[0] - 4 * self._spread, self._ranks[0])
+            self._between(self._ranks[0] - self._farther(), self._ranks[0])
         elif between < 1:
             self.cut = _edge_cut(parts, self.high, rank, self._at_high)
         elif below < 1:
@@ -213,7 +219,7 @@ class _Bracket:
         elif below <= self._at_low:
             self.cut = _edge_cut(parts, self.low, below, self._at_low)
         else:
-            self._between(self._ranks[1], self._ranks[1] + 4 * self._spread)
+            self._between(self._ranks[1], self._ranks[1] + self._farther())
 
 
 def _look(parts: Parts, brackets: Sequence[_Bracket]) -> None:

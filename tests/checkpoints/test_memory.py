@@ -61,7 +61,15 @@ def test_little_is_kept(pool: memory._Pool) -> None:
     assert [one.nbytes for one in pool._free] == [memory.KEPT // 3] * 3
     address()
     assert [one.nbytes for one in pool._free] == [memory.KEPT // 3] * 2 + [SIZE]
-    address(memory.KEPT + 1)
+    for size in (memory.KEPT + 1, 100):
+        address(size)
+        assert [one.nbytes for one in pool._free] == [memory.KEPT // 3] * 2 + [SIZE]
+
+
+def test_giving_back_does_not_wait(pool: memory._Pool) -> None:
+    """The collector may end a tensor while this thread takes memory for another."""
+    tensor = empty_tensor((SIZE,), torch.uint8)
+    with pool._lock:
+        del tensor
     assert pool._free == []
-    empty_tensor((100,), torch.uint8)
-    assert pool._free == []
+    assert empty_tensor((SIZE,), torch.uint8).numel() == SIZE

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertTokenizer, T5Config
 
 from hf_merge import CalibrationData, ConfigError
 from hf_merge.data.batching import collate, make_batches, without_padding
-from hf_merge.data.samples import TaskModel
+from hf_merge.data.samples import TaskModel, _contents
 
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "film", "free", "great", "money", "the", "was"]
@@ -110,6 +110,11 @@ def test_labels_are_kept_apart():
     loaded = load(samples)
     assert all("labels" not in sample for sample in loaded.samples[0])
     assert [int(label) for label in loaded.labels["a"]] == list(range(6))
+
+
+def test_a_label_is_no_text():
+    rows = [{"text": "a fine film", "label": "pos"}, {"text": "a dull one", "label": "neg"}]
+    assert [_contents(row, bert(), None) for row in rows] == ["a fine film", "a dull one"]
 
 
 def test_encoder_decoders_get_decoder_inputs():

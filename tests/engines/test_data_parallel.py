@@ -313,10 +313,17 @@ def save_other_samples(bed: Bed, out: Path, rank: int) -> None:
     (out.parent.parent / f"refused{rank}").touch()
 
 
-def test_other_samples_on_a_rank_are_refused(beds, tmp_path: Path):
+def save_with_other_options(bed: Bed, out: Path, rank: int) -> None:
+    with pytest.raises(MergeError, match="'gradient_accumulation_steps': 1, 2"):
+        save(bed, DISTILLED, MANY, out, {"gradient_accumulation_steps": 1 + rank})
+    (out.parent.parent / f"refused{rank}").touch()
+
+
+@pytest.mark.parametrize("call", [save_other_samples, save_with_other_options])
+def test_other_samples_or_options_on_a_rank_are_refused(beds, tmp_path: Path, call: Callable):
     out = tmp_path / "merges" / "out"
     out.parent.mkdir()
-    _, logs = launch(["--version"], 2, tmp_path, partial(save_other_samples, beds("bert"), out))
+    _, logs = launch(["--version"], 2, tmp_path, partial(call, beds("bert"), out))
     assert all((tmp_path / f"refused{rank}").exists() for rank in range(2)), logs
     assert not list(out.parent.iterdir())
 

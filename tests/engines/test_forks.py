@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_merge import ConfigError, DareConfig, LinearConfig, Merger, RankLostError
+from hf_merge import ConfigError, DareConfig, LinearConfig, Merger, RankLostError, TsvMConfig
 from hf_merge.checkpoints import shards
 from hf_merge.engines import estimate, forks, pipeline
 from hf_merge.engines.forks import run_forked
@@ -269,9 +269,9 @@ def test_as_many_as_processors_and_memory_allow(bed: Bed, monkeypatch):
     monkeypatch.setattr(estimate, "processors", lambda: 64)
     assert count("auto") == forks.MOST_PROCESSES
     each = estimate.streaming_memory(plan, Placement(), plan.groups)["cpu"] - estimate.process_memory()
-    monkeypatch.setattr(estimate.psutil, "virtual_memory", lambda: type("Memory", (), {"available": each * 5})())
+    monkeypatch.setattr(estimate, "free_memory", lambda: each * 5)
     assert count("auto") == 2
-    monkeypatch.setattr(estimate.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 0})())
+    monkeypatch.setattr(estimate, "free_memory", lambda: 0)
     assert count("auto") == 1
 
 
@@ -283,9 +283,67 @@ def test_what_a_device_merges_is_not_divided(bed: Bed):
     assert not choose_engine(plan, Placement({"": "cpu", "lm_head": "meta"})).can_fork()
 
 
-def test_models_in_memory_are_divided(bed: Bed, tmp_path: Path):
+def test_models_in_memory_are_divided(bed: Bed, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(pipeline, "READ_AHEAD", 0)
+    write = shards._ShardFile.write
+
+    def noted(self, key, tensor) -> None:
+        with open(tmp_path / "pids", "a", encoding="utf-8") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.02)
+        write(self, key, tensor)
+
+    monkeypatch.setattr(shards._ShardFile, "write", noted)
     models = {name: bed.model_class.from_pretrained(path) for name, path in bed.experts.items()}
     for count in (1, 2):
         Merger.from_pretrained(models, LinearConfig()).save_pretrained(tmp_path / str(count), num_proc=count)
+        assert len(pids(tmp_path / "pids")) == count
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("1", "2"))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_models_on_a_device_are_not_divided(bed: Bed, tmp_path: Path):
+    """A fork cannot use the accelerator of the process that it comes from."""
+    from hf_merge.engines.choice import choose_engine
+
+    models = {name: bed.model_class.from_pretrained(path) for name, path in bed.experts.items()}
+    merger = Merger.from_pretrained(models, LinearConfig())
+    assert choose_engine(merger.check(), Placement()).can_fork()
+    merger.experts[1].storage.is_on_cpu = False
+    assert not choose_engine(merger.check(), Placement()).can_fork()
+
+
+def test_what_is_not_divided_says_so(bed: Bed, tmp_path: Path):
+    merger = Merger.from_pretrained(bed.experts, TsvMConfig(), base_model=bed.base)
+    merger.save_pretrained(tmp_path / "alone")
+    assert not any("num_proc" in note for note in merger.report.notes)
+    merger = Merger.from_pretrained(bed.experts, TsvMConfig(), base_model=bed.base)
+    merger.save_pretrained(tmp_path / "out", num_proc=2)
+    assert any("num_proc=2 has no effect" in note for note in merger.report.notes)
+
+
+def test_limits_of_a_container_count(tmp_path: Path, monkeypatch):
+    own = forks.processors()
+    monkeypatch.setattr(forks, "CGROUP", tmp_path)
+    assert forks.free_memory() > 0
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert forks.processors() == own
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert forks.processors() == 1
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000\nfile 2500\n")
+    assert forks.free_memory() == 3000
+    (tmp_path / "memory.stat").write_text("anon 6000\n")
+    assert forks.free_memory() == 0
+
+
+def test_a_process_that_may_have_no_children_merges_alone(bed: Bed, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(forks.BaseProcess, "start", refuse)
+    merger = Merger.from_pretrained(bed.experts, LinearConfig())
+    merger.save_pretrained(tmp_path / "out", num_proc=3)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def refuse(process) -> None:
+    raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")

@@ -282,10 +282,10 @@ def test_a_copy_that_was_killed_is_begun_again(tmp_path: Path, monkeypatch: pyte
     bed, whole = llama_bed(tmp_path), saving.save_merge
     expected = {path.relative_to(bed.out): path.read_bytes() for path in weights(bed.merge(EnsembleConfig()))}
 
-    def killed(ranks: Any, plan: Any, engine: Any, folder: Path, max_shard_size: Any) -> Any:
+    def killed(ranks: Any, plan: Any, engine: Any, folder: Path, *sizes: Any) -> Any:
         if folder.name == "c":
             raise KeyboardInterrupt
-        return whole(ranks, plan, engine, folder, max_shard_size)
+        return whole(ranks, plan, engine, folder, *sizes)
 
     monkeypatch.setattr(saving, "save_merge", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 from peft.utils import merge_utils
+from safetensors.torch import load_file
 
-from hf_merge import BreadcrumbsConfig, DareConfig, DellaConfig
+from hf_merge import BreadcrumbsConfig, DareConfig, DellaConfig, Merger
 from hf_merge.methods.base import ParameterKind
 from hf_merge.methods.breadcrumbs import Breadcrumbs
 from hf_merge.methods.dare import Dare
@@ -16,6 +17,7 @@ from hf_merge.methods.della import Della
 from hf_merge.methods.della.method import keep_probabilities, rising_order
 from hf_merge.methods.rows import as_rows, from_rows
 
+from ..testing_utils import llama_bed
 from .elementwise import dense_elect_and_merge, dense_task_vectors, dense_trim, make_group, merge, random_models
 
 
@@ -164,6 +166,51 @@ def test_della_probabilities_rise_linearly_with_the_rank_in_the_row():
 def test_della_ranks_are_not_rounded():
     vector = torch.arange(4096.0).view(1, -1)
     assert probabilities(vector, ParameterKind.LINEAR, 0.5, 0.1).unique().numel() == 4096
+
+
+def differences(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Of a model and its fine-tune that are stored in a dtype."""
+    generator = torch.Generator().manual_seed(width)
+    base = torch.randn(rows, width, generator=generator) * 0.02
+    return (base + torch.randn(rows, width, generator=generator) * 1e-3).to(dtype).float() - base.to(dtype).float()
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 1000, 1023, 1024, 1025, 65_537])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_della_ranks_are_those_of_a_stable_sort(width: int, dtype: torch.dtype):
+    rows = differences(6, width, dtype)
+    rows[1] = 0
+    rows[2, ::2] = 0
+    rows[3] = rows[3, :1]
+    rows[4, 0] = 1e-42
+    for some in (rows, rows[:1], rows[:4], rows.double(), -rows.abs()):
+        assert torch.equal(rising_order(some), some.abs().argsort(dim=1, stable=True))
+
+
+def test_della_ranks_at_the_edge_of_short_keys():
+    rows = torch.zeros(2, 1024)
+    bits = rows.view(torch.int32)
+    bits[0] = 0x3F800002 + 2 * torch.arange(1024, dtype=torch.int32)
+    bits[0, 5] = 0x40000000
+    for least in (0x3F800002, 0x3F800004, 0x3E000000, 0x00000001):
+        bits[1] = least
+        assert torch.equal(rising_order(rows), rows.abs().argsort(dim=1, stable=True))
+        assert torch.equal(rising_order(rows[:1]), rows[:1].abs().argsort(dim=1, stable=True))
+
+
+@pytest.mark.parametrize("config_cls", [DareConfig, DellaConfig], ids=["dare", "della"])
+def test_a_step_on_the_result_draws_numbers_of_its_own(tmp_path, config_cls):
+    settings = {"density": 0.5, "rescale": "none"}
+    bed = llama_bed(tmp_path)
+    left = {}
+    for name, then in (("one", []), ("two", [{"merge_type": config_cls.merge_type, **settings}])):
+        merger = Merger.from_pretrained([bed.experts["a"]], config_cls(**settings, then=then), base_model=bed.base)
+        merger.save_pretrained(tmp_path / name)
+        merged, start = (load_file(folder / "model.safetensors") for folder in (tmp_path / name, bed.base))
+        key = max(start, key=lambda key: start[key].numel())
+        left[name] = merged[key] != start[key]
+    assert not (left["two"] & ~left["one"]).any()
+    assert 0.4 < float(left["two"].sum() / left["one"].sum()) < 0.6
 
 
 def test_della_ranks_a_whole_filter_of_a_convolution():

@@ -67,7 +67,7 @@ def rising_order(rows: Tensor) -> Tensor:
         return torch.from_numpy(_long_order(bits, places))
     short |= places
     short.sort(axis=1)
-    short &= np.uint32(_powers_below(len(places)))
+    short &= np.uint32((1 << (len(places) - 1).bit_length()) - 1)
     order = short.astype(np.int64)
     if not is_exact.all():
         order[~is_exact] = _long_order(bits[~is_exact], places)
@@ -78,9 +78,11 @@ def _short_keys(bits: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Integers of 32 bits in the order of the given ones, with room for a place below; and the rows in which the bits that had to be
     left off were 0. That is most of them in differences of models in 16 bits: their last bits are 0, and their exponents are near
     each other."""
-    free = _powers_below(width).bit_length()
+    free = (width - 1).bit_length()
     least = int((bits - np.uint32(1)).min()) + 1  # but 0, which wraps around
-    left_off = max(0, (int(bits.max()) - least + 1).bit_length() + free - 32)
+    most, left_off = int(bits.max()), 0
+    while ((most >> left_off) - max(0, (least >> left_off) - 1)).bit_length() + free > 32:
+        left_off += 1
     below = max(0, (least >> left_off) - 1) << left_off  # 0 stays 0, and the least one becomes 1
     keys = np.maximum(bits, np.uint32(below))
     keys -= np.uint32(below)
@@ -96,11 +98,6 @@ def _long_order(bits: np.ndarray, places: np.ndarray) -> np.ndarray:
     keys.sort(axis=1)
     keys &= np.uint64(0xFFFFFFFF)
     return keys.view(np.int64)
-
-
-def _powers_below(width: int) -> int:
-    """All bits that places of a row need."""
-    return (1 << (width - 1).bit_length()) - 1
 
 
 @lru_cache(maxsize=256)

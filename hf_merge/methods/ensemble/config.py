@@ -28,8 +28,10 @@ _OF_MERGED_WEIGHTS = (
 
 @dataclass
 class EnsembleConfig(MergeConfig):
-    """The mean of the experts' logits, or of their probabilities (deep ensembles, arXiv 1612.01474). Every expert is kept whole, and all of them run on every input: no merge, but what merges of
-    experts for the same classes or the same vocabulary are compared with.
+    """The mean of the experts' logits, or of their probabilities (deep ensembles, arXiv 1612.01474).
+
+    Every expert is kept whole, and all of them run on every input: no merge, but what merges of experts for the same classes or the
+    same vocabulary are compared with.
 
     Nothing is merged, so that of the fields which all recipes have only `dtype`, `chat_template` and the models can be set.
 
