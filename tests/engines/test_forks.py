@@ -70,6 +70,7 @@ def test_any_number_of_processes_writes_the_same(bed: Bed, tmp_path: Path, monke
 def at_write(action: Callable[[], None], place: Path, count: int = 1, own: bool = False) -> None:
     """Notes the processes that write, and lets forks (or the process that they come from) do something at a write."""
     write, left, main = shards._ShardFile.write, [count], os.getpid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
     pipeline.READ_AHEAD = 0  # the model is small: else the first one reads all of it
 
     def noted(self, key, tensor) -> None:

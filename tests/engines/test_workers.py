@@ -89,8 +89,12 @@ def test_an_interrupt_stops_them_all():
         while not stop.wait(0.3):  # one that comes just before the main thread begins to wait is lost
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        run_together([wait, interrupt, wait])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_together([wait, interrupt, wait])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stopped == [True, True]
 
 
