@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -73,19 +73,25 @@ class HubMixin:
 
         Returns:
             `str`: The URL of the commit.
+
+        Raises:
+            OutputError: The Hub refuses, or cannot be reached.
         """
+        upload = {
+            "commit_message": commit_message,
+            "private": private,
+            "token": token,
+            "revision": revision,
+            "create_pr": create_pr,
+        }
+        return self._save_and_upload(lambda folder: upload_folder(folder, repo_id, **upload), **save_kwargs)
+
+    def _save_and_upload(self, upload: Callable[[Path], str], **save_kwargs) -> str:
+        """Uploads what `save_pretrained` writes into a temporary folder."""
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "upload"
             self.save_pretrained(target, **save_kwargs)
-            return upload_folder(
-                target,
-                repo_id,
-                commit_message=commit_message,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-            )
+            return upload(target)
 
 
 def upload_folder(

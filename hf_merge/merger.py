@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -392,9 +392,9 @@ class Merger(HubMixin):
         with ranks.quiet():
             ranks.step(save_together)
 
-    def push_to_hub(
+    def _save_and_upload(
         self,
-        repo_id: str,
+        upload: Callable[[Path], str],
         *,
         data: CalibrationData | Mapping[str, Any] | None = None,
         callbacks: Sequence[Any] | None = None,
@@ -402,47 +402,21 @@ class Merger(HubMixin):
         max_shard_size: int | str = "5GB",
         distributed: bool = True,
         num_proc: int | str | None = None,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
+        **unknown,
     ) -> str:
-        """Saves into a temporary folder and uploads it.
-
-        In a `torch.distributed` job all ranks make this call. Those of one host merge together; where there are several hosts, which
-        have no temporary folder in common, rank 0 merges alone. Rank 0 uploads, and all ranks return when it has, or fail with it.
-
-        Args:
-            repo_id (`str`): The repository, `name` or `namespace/name`; it is created when missing.
-            data, callbacks, args, max_shard_size, distributed, num_proc: As in [`~Merger.save_pretrained`].
-            commit_message (`str`, *optional*): Defaults to "Upload merged model".
-            private (`bool`, *optional*): Whether a new repository is private.
-            token (`bool` or `str`, *optional*): The access token; the stored one by default.
-            revision (`str`, *optional*): The branch to push to.
-            create_pr (`bool`): Open a pull request instead of pushing.
-
-        Returns:
-            `str`: The URL of the commit.
-
-        Raises:
-            OutputError: The Hub refuses, or cannot be reached.
-            MergeError: As in [`~Merger.save_pretrained`], or rank 0 could not upload.
-        """
-        upload = {
-            "commit_message": commit_message,
-            "private": private,
-            "token": token,
-            "revision": revision,
-            "create_pr": create_pr,
-        }
+        """In a job all ranks call this. Those of one host merge together; where there are several hosts, which have no temporary
+        folder in common, rank 0 merges alone. Rank 0 uploads, and all ranks return when it has, or fail with it."""
+        if unknown:
+            known = (*_SAVE_ARGUMENTS, *_UPLOAD_ARGUMENTS)
+            name = next(iter(unknown))
+            raise ConfigError(f"Merger.push_to_hub cannot use the argument '{name}'.{suggest(name, known)}")
         ranks = all_ranks("push to the Hub") if distributed else Ranks()
 
         def push() -> str:
             with temporary_folder(ranks) as (folder, is_shared):
                 target = folder / "upload"
                 self._save(ranks, target, max_shard_size, num_proc, (data, callbacks, args), is_shared)
-                return ranks.on_first(lambda: upload_folder(target, repo_id, **upload), "upload")
+                return ranks.on_first(lambda: upload(target), "upload")
 
         with ranks.quiet():
             return ranks.step(push)

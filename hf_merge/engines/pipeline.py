@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -75,7 +76,7 @@ class Loaded:
         return Loaded([*map(function, self.experts)], None if self.base is None else function(self.base))
 
 
-class Pipeline:
+class Pipeline(ABC):
     """Takes groups of parameters from the models to a sink. A subclass says how one parameter is read and merged, and how a group is
     written.
 
@@ -94,29 +95,31 @@ class Pipeline:
         self._transfers: dict[torch.device, Transfer] = {}
         self._out_of_memory: dict[str, torch.device] = {}
 
+    @abstractmethod
     def read(self, parameter: PlannedParameter) -> Loaded:
         """The stored tensors of a parameter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, parameter: PlannedParameter, loaded: Loaded, rounded: bool = True) -> Tensor:
         """The merged value on the CPU."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _group(self, parameter: PlannedParameter, loaded: Loaded) -> TensorGroup:
         """What a method is given, on the device of the parameter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _write(
         self, group: SaveGroup, merged: Mapping[str, Tensor], sink: Sink, tell: Callable[[Written], Any]
     ) -> None:
-        raise NotImplementedError
+        """Writes the merged parameters of a group and tells of each tensor."""
 
+    @abstractmethod
     def _noticed(self) -> dict[str, Any]:
         """What methods noticed, see [`TensorMethod.noticed`]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _notice(self, noticed: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+        """Tells the methods what they noticed in another process."""
 
     # -- several devices ------------------------------------------------------------------------------------------
 
