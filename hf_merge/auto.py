@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from transformers import PreTrainedModel
-
-from .checkpoints.source import ModelSource, load_config, open_source
+from .checkpoints.opening import load_config, open_source
+from .checkpoints.source import ModelSource
 from .checkpoints.storage import open_storage
 from .config import CONFIG_NAME, MergeConfig
 from .engines.ensembles import member_folders, with_planned_members, with_saved_members
@@ -21,6 +20,10 @@ from .merger import Merger
 from .modeling.assembly import backbone_names
 from .modeling.shell import model_class_of
 from .modeling.surgery import HeadSurgery
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class AutoMergeConfig:

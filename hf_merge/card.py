@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard_data import ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from .config import CONFIG_NAME, MergeConfig
@@ -29,8 +29,8 @@ _END = "<!-- /hf_merge -->"
 _GENERATED = re.compile(rf"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 
 
-def model_card(config: MergeConfig, tasks: Sequence[str], class_name: str, results: str | None = None) -> ModelCard:
-    """The card of a merged model.
+def model_card(config: MergeConfig, tasks: Sequence[str], class_name: str, results: str | None = None) -> str:
+    """The card of a merged model, as text.
 
     Args:
         config ([`MergeConfig`]): The recipe with its resolved experts.
@@ -49,8 +49,8 @@ def model_card(config: MergeConfig, tasks: Sequence[str], class_name: str, resul
     return _card(data, _model_text(config, tasks, class_name), config, results)
 
 
-def adapter_card(config: MergeConfig, tasks: Sequence[str], class_name: str, results: str | None = None) -> ModelCard:
-    """The card of a merged adapter; arguments as in [`model_card`]."""
+def adapter_card(config: MergeConfig, tasks: Sequence[str], class_name: str, results: str | None = None) -> str:
+    """The card of a merged adapter, as text; arguments as in [`model_card`]."""
     base = (config.base_model or {}).get("model")
     data = ModelCardData(
         base_model=base if _is_hub_id(base) else None,
@@ -61,7 +61,7 @@ def adapter_card(config: MergeConfig, tasks: Sequence[str], class_name: str, res
     return _card(data, _adapter_text(config, tasks, class_name, base), config, results)
 
 
-def _card(data: ModelCardData, text: str, config: MergeConfig, results: str | None) -> ModelCard:
+def _card(data: ModelCardData, text: str, config: MergeConfig, results: str | None) -> str:
     measured = ""
     if results is not None:
         measured = (
@@ -69,20 +69,22 @@ def _card(data: ModelCardData, text: str, config: MergeConfig, results: str | No
         )
     recipe = f"\n## Recipe\n\n`{CONFIG_NAME}`:\n\n```json\n{config.to_json_string()}```\n"
     generated = f"{_BEGIN}\n{text}{measured}{recipe}{_citations(config)}{_END}\n"
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{generated}")
+    return f"---\n{data.to_yaml()}\n---\n\n{generated}"
 
 
-def combine_cards(known: str, card: ModelCard, path: Path) -> ModelCard:
+def combine_cards(known: str, card: str, path: Path) -> str:
     """The new card with what people have added to the known one.
 
     Args:
         known (`str`): The known card.
-        card (`ModelCard`): The new one.
+        card (`str`): The new one.
         path (`Path`): For messages.
 
     Raises:
         OutputError: The known card has no generated part, or metadata that cannot be read.
     """
+    from huggingface_hub import ModelCard
+
     if not _GENERATED.search(known):
         raise OutputError(f"'{path}' was not written by hf_merge: --force replaces it.")
     try:
@@ -91,15 +93,15 @@ def combine_cards(known: str, card: ModelCard, path: Path) -> ModelCard:
         raise OutputError(
             f"The metadata of '{path}' are not YAML ({' '.join(str(error).split())}): correct them."
         ) from error
-    own = card.data.to_dict()
+    own = ModelCard(card).data.to_dict()
     tags = list(dict.fromkeys([*own["tags"], *(metadata.get("tags") or [])]))
     # Which parents are on the Hub was decided where the models were merged; here a relative path may look like a Hub id.
     parents = metadata.get("base_model")
     data = ModelCardData(**{**metadata, **own, "tags": tags, "base_model": parents})
     text = ModelCard(known, ignore_metadata_errors=True).text
-    generated = _GENERATED.search(str(card)).group()
+    generated = _GENERATED.search(card).group()
     text = _GENERATED.sub(lambda _: generated, text, count=1)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.lstrip()}")
+    return f"---\n{data.to_yaml()}\n---\n\n{text.lstrip()}"
 
 
 def _is_hub_id(model: str | None) -> bool:

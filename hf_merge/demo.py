@@ -30,7 +30,10 @@ from .auto import AutoMergedModelForImageClassification
 from .config import MergeConfig
 from .errors import MissingDependencyError, OutputError
 from .merger import Merger
-from .methods import LinearConfig, TaskArithmeticConfig, TiesConfig, WudiConfig
+from .methods.linear import LinearConfig
+from .methods.task_arithmetic import TaskArithmeticConfig
+from .methods.ties import TiesConfig
+from .methods.wudi import WudiConfig
 
 
 RESULTS_NAME = "demo.json"

@@ -11,17 +11,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from .checkpoints.folder import check_output, work_folder_of
 from .checkpoints.source import ModelSource
 from .config import MergeConfig
 from .data.calibration import CalibrationData
-from .engines.adapter_output import needs_base_values
-from .engines.aligned import align_experts
+from .engines.adapters import needs_base_values
 from .engines.choice import (
     Engine,
     choose_engine,
@@ -29,11 +27,9 @@ from .engines.choice import (
     find_data_problems,
     is_divisible,
     plan_merge,
+    work_bytes,
 )
-from .engines.ensembles import with_planned_members
 from .engines.estimate import Estimate
-from .engines.estimate_blocks import Samples, finished_blocks
-from .engines.lazy import LazyModel, lazy_merge
 from .engines.opening import Opening
 from .engines.placement import Placement
 from .engines.plan import MergePlan
@@ -46,6 +42,12 @@ from .errors import ConfigError, PlanError, suggest
 from .hub import HubMixin, upload_folder
 from .modeling.assembly import assemble, transfer_backbone
 from .registry import get_merge_method
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .engines.lazy import LazyModel
 
 
 class Merger(HubMixin):
@@ -125,6 +127,8 @@ class Merger(HubMixin):
             config.dtype = str(dtype).removeprefix("torch.")
         config.__post_init__()
         if config.align is not None:
+            from .engines.aligned import align_experts
+
             sources = align_experts(sources, base)
         return cls(sources, config, base, placement)
 
@@ -138,6 +142,9 @@ class Merger(HubMixin):
             plan.notes += processor_notes(plan)
         except ConfigError as error:
             plan.problems += [] if str(error) in plan.problems else [str(error)]
+        if not plan.problems:
+            for source in plan.sources:
+                source.keep_record()
         return plan
 
     def check(self, save_directory: str | os.PathLike | None = None) -> MergePlan:
@@ -179,6 +186,8 @@ class Merger(HubMixin):
         Raises:
             PlanError: The models cannot be merged; lists every reason.
         """
+        from .engines.estimate_blocks import Samples
+
         self._raise(self.problems())
         options = None
         if args is not None:
@@ -205,7 +214,7 @@ class Merger(HubMixin):
         if folder is None:
             return self.plan.problems
         has_blocks = self.model is None and not self.plan.problems
-        work = {work_dir or work_folder_of(folder): finished_blocks(self.plan)} if has_blocks else None
+        work = {work_dir or work_folder_of(folder): work_bytes(self.plan)} if has_blocks else None
         return self.plan.problems + check_output(folder, self.plan.nbytes, work)
 
     @staticmethod
@@ -250,6 +259,8 @@ class Merger(HubMixin):
             plan.target.model_class, result_config(plan), sink.tensors, result_dtype(plan), generation_config
         )
         if plan.members:
+            from .engines.ensembles import with_planned_members
+
             with_planned_members(plan, self.model)
         return self.model
 
@@ -320,6 +331,8 @@ class Merger(HubMixin):
         """
         if task is not None:
             self._index_of(task)
+        from .engines.lazy import LazyModel, lazy_merge
+
         plan, engine = self._prepare(Ranks(), None, None, None, None)
         if plan.adapter is not None:
             raise ConfigError(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor
 
-from .checkpoints.conversion import SaveGroup
+from .checkpoints.names import SaveGroup
 from .config import MergeConfig
 from .engines.adapter_output import AdapterSink
 from .engines.choice import choose_engine

@@ -1,6 +1,6 @@
 """The open table of merge methods: name -> (config class, method class).
 
-Built-in methods register themselves when `hf_merge.methods` is imported; third parties call
+Built-in methods register themselves when they are asked for; third parties call
 [`register_merge_method`] with their own classes and need nothing else to be merged, planned, saved and listed like the
 built-in ones.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .errors import ConfigError, suggest
+from .methods import BUILT_IN, load_methods
 
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class MergeMethodEntry:
     method_cls: type[MergeMethod]
 
 
+_METHODS = load_methods.__module__
 _REGISTRY: dict[str, MergeMethodEntry] = {}
 
 
@@ -47,6 +49,8 @@ def register_merge_method(*, name: str, config_cls: type[MergeConfig], method_cl
         raise ConfigError(
             f"{config_cls.__name__}.merge_type is '{config_cls.merge_type}' but is registered as '{name}': make them equal."
         )
+    if name in BUILT_IN and not config_cls.__module__.startswith(f"{_METHODS}."):
+        load_methods([name])  # the name is taken, whether it was asked for or not
     known = _REGISTRY.get(name)
     if known is not None and (known.config_cls, known.method_cls) != (config_cls, method_cls):
         raise ConfigError(f"The merge method '{name}' is registered already, by {known.method_cls.__module__}.")
@@ -55,16 +59,17 @@ def register_merge_method(*, name: str, config_cls: type[MergeConfig], method_cl
 
 def get_merge_method(name: str) -> MergeMethodEntry:
     """Returns the entry of a method, or raises [`ConfigError`] with the nearest known name."""
-    methods = available_merge_methods()
-    if not isinstance(name, str) or name not in methods:
+    if isinstance(name, str) and name not in _REGISTRY and name in BUILT_IN:
+        load_methods([name])
+    if not isinstance(name, str) or name not in _REGISTRY:
+        methods = available_merge_methods()
         raise ConfigError(
             f"Unknown merge method '{name}'.{suggest(name, methods)} Known methods: {', '.join(sorted(methods))}."
         )
-    return methods[name]
+    return _REGISTRY[name]
 
 
 def available_merge_methods() -> dict[str, MergeMethodEntry]:
     """All registered methods by name, built-in ones included."""
-    from . import methods  # noqa: F401  registers the built-in methods
-
+    load_methods()
     return dict(_REGISTRY)

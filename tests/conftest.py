@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
+import tempfile
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_MERGE_CACHE"] = _cache = tempfile.mkdtemp(prefix="hf_merge_cache_")  # of processes that tests start
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
 import pytest
 import torch

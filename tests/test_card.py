@@ -44,8 +44,9 @@ def folder(tmp_path: Path) -> Path:
 
 def test_metadata_name_the_parents_and_the_relation() -> None:
     config = WudiConfig(experts=REFERENCES, base_model={"model": "org/base"})
-    card = model_card(config, ["spam", "movies"], "BertForSequenceClassification")
-    data = ModelCard(str(card)).data.to_dict()
+    text = model_card(config, ["spam", "movies"], "BertForSequenceClassification")
+    card = ModelCard(text)
+    data = card.data.to_dict()
     assert data["base_model"] == ["me/spam", "me/movies", "org/base"]
     assert data["base_model_relation"] == "merge"
     assert data["tags"] == ["merge", "hf_merge", "wudi"]
@@ -55,10 +56,10 @@ def test_metadata_name_the_parents_and_the_relation() -> None:
 
 
 def test_card_cites_the_method() -> None:
-    text = model_card(WudiConfig(experts=REFERENCES), [], "BertModel").text
+    text = model_card(WudiConfig(experts=REFERENCES), [], "BertModel")
     assert "https://arxiv.org/abs/2503.08099" in text
     assert "@misc{cheng2025_2503_08099," in text
-    plain = model_card(SlerpConfig(experts=REFERENCES), [], "BertModel").text
+    plain = model_card(SlerpConfig(experts=REFERENCES), [], "BertModel")
     assert "## Citation" not in plain
 
 

@@ -10,16 +10,21 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model, set_peft_model_state_dict
+from peft import PeftType, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..modeling.shell import build_shell
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 ADAPTER = "default"

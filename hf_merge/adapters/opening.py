@@ -10,19 +10,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from peft import PeftConfig, PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..checkpoints.source import ModelReference
 from ..checkpoints.storage import SafetensorsStorage, StateDictStorage, Storage, TorchStorage
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError, suggest
 from ..hub import ADAPTER_CONFIG_NAME, fetch_folder
 from .attaching import adapter_tensors, nonlinear_part, refusal
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 SAFE_WEIGHTS, TORCH_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
@@ -92,7 +96,8 @@ class Adapter:
 
 
 def find_adapter(name: str, model: Any, hub_kwargs: Mapping[str, Any]) -> Adapter | None:
-    """The adapter that a model of a merge is, or `None` when it is another kind of model.
+    """The adapter that a model of a merge is, or `None` when it is another kind of model. Of a repository everything is fetched: ask
+    [`may_be_adapter`] first.
 
     Args:
         name (`str`): What messages call it.
@@ -140,10 +145,6 @@ def _from_folder(name: str, reference: ModelReference, hub_kwargs: Mapping[str, 
     kwargs = dict(hub_kwargs) | {
         key: value for key, value in vars(reference).items() if key != "model" and value is not None
     }
-    if not (Path(reference.model).expanduser() / (reference.subfolder or "")).is_dir() and not _is_adapter_repository(
-        reference.model, kwargs
-    ):
-        return None
     folder, commit = fetch_folder(reference.model, **kwargs)
     if not (folder / ADAPTER_CONFIG_NAME).is_file():
         return None
@@ -152,24 +153,6 @@ def _from_folder(name: str, reference: ModelReference, hub_kwargs: Mapping[str, 
     return _checked(
         Adapter(name, ModelReference(reference.model, commit, reference.subfolder), config, folder, notes=notes)
     )
-
-
-def _is_adapter_repository(repository: str, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a Hub repository holds an adapter; where that cannot be told, opening it as a model says what is wrong."""
-    from huggingface_hub import constants, file_exists, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, HTTPError
-
-    filename = "/".join(part for part in (kwargs.get("subfolder"), ADAPTER_CONFIG_NAME) if part)
-    revision = kwargs.get("revision")
-    try:
-        cached = try_to_load_from_cache(repository, filename, cache_dir=kwargs.get("cache_dir"), revision=revision)
-        if isinstance(cached, str):
-            return True
-        if kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE:
-            return False
-        return file_exists(repository, filename, revision=revision, token=kwargs.get("token"))
-    except (HTTPError, HFValidationError, OSError):
-        return False
 
 
 def _read_config(folder: Path, where: str) -> tuple[PeftConfig, list[str]]:

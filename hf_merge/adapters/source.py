@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import warnings
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..checkpoints.conversion import ConversionGroup, Converter, NameMap
-from ..checkpoints.source import ModelReference, ModelSource, load_config, open_source
+from ..checkpoints.conversion import Converter
+from ..checkpoints.names import ConversionGroup, NameMap
+from ..checkpoints.opening import load_config, open_source
+from ..checkpoints.source import ModelReference, ModelSource
 from ..checkpoints.storage import StateDictStorage, Storage, TensorInfo
 from ..errors import CheckpointError, UnsupportedModelError
 from ..hub import fetch_folder
 from ..low_rank import Factors
-from ..modeling.shell import Anatomy, build_shell, model_class_of
+from ..modeling.shell import build_shell, model_class_of, read_anatomy
 from .attaching import Attached, attach, nonlinear_part
 from .opening import Adapter, adapted_class, adapted_config, unquantized
 from .reading import Delta, LowRank, Replaced, Summed, read_deltas, whole_modules
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class AdapterSource(ModelSource):
@@ -30,6 +36,7 @@ class AdapterSource(ModelSource):
         - **base** ([`ModelSource`]) -- The model underneath.
     """
 
+    is_adapter = True
     adapter: Adapter
     base: ModelSource
 
@@ -51,7 +58,7 @@ class AdapterSource(ModelSource):
             )
         heads = {
             name: info.shape
-            for name, info in Anatomy(build_shell(model_class, plain, torch.float32)).parameters.items()
+            for name, info in read_anatomy(build_shell(model_class, plain, torch.float32)).parameters.items()
             if info.is_task_head
         }
         source = cls(

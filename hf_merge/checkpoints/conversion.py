@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,32 +26,8 @@ from transformers.core_model_loading import (
 )
 
 from ..errors import CheckpointError
+from .names import ConversionGroup, NameMap, SaveGroup
 from .storage import TensorInfo
-
-
-@dataclass
-class ConversionGroup:
-    """Tensors on disk that become parameters of the model together.
-
-    Args:
-        targets (`dict[str, TensorInfo]`): The parameters, by module name.
-        sources (`list[str]`): The names on disk.
-        patterns (`list[str]`): For each source the pattern of the converter that matched it; empty for a plain renaming.
-    """
-
-    targets: dict[str, TensorInfo]
-    sources: list[str]
-    patterns: list[str] = field(default_factory=list)
-
-
-@dataclass
-class NameMap:
-    """How the files of one checkpoint map to the parameters of its model."""
-
-    groups: list[ConversionGroup]
-    unexpected: list[str]
-    missing: list[str]
-    ignorable: list[str]
 
 
 class Converter:
@@ -142,11 +117,6 @@ class Converter:
             converted[alike] = group.targets[name]
         return group
 
-    def keep_in_float32(self, name: str, dtype: torch.dtype) -> bool:
-        """Whether transformers loads the parameter in float32 although the model is loaded in `dtype`."""
-        plan = self.shell._get_dtype_plan(dtype)
-        return any(re.search(pattern.replace("*", ".*"), name) for pattern in plan)
-
     def to_module(self, group: ConversionGroup, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Reads the tensors of a group and returns the parameters that they become, by module name."""
         if not group.patterns:
@@ -180,50 +150,12 @@ class Converter:
             groups.setdefault(apply_converters(name, converters)[0], []).append(name)
         return list(groups.values())
 
+    def save_group(self, infos: Mapping[str, TensorInfo]) -> SaveGroup:
+        """The tensors on disk that parameters become together.
 
-@dataclass
-class SaveGroup:
-    """Parameters that are written together, and the tensors on disk that they become.
-
-    Args:
-        names (`list[str]`): Module names.
-        disk (`dict[str, TensorInfo]`): Names on disk.
-        is_plain (`bool`): One parameter that is one tensor: nothing to convert.
-    """
-
-    names: list[str]
-    disk: dict[str, TensorInfo]
-    is_plain: bool
-
-
-def plan_saving(
-    converter: Converter, layout: Iterable[ConversionGroup], outputs: Mapping[str, TensorInfo]
-) -> list[SaveGroup]:
-    """How the parameters of a merged model are laid out on disk: as the checkpoint that `layout` came from.
-
-    Args:
-        converter ([`Converter`]): Of the checkpoint that gives the layout.
-        layout (`Iterable[ConversionGroup]`): How that checkpoint was read.
-        outputs (`Mapping[str, TensorInfo]`): The parameters to save, by module name. Those that the layout lacks get the names
-            that transformers would give them.
-    """
-    groups = []
-    left = dict(outputs)
-    for group in layout:
-        if not all(name in left for name in group.targets):
-            continue
-        infos = {name: left.pop(name) for name in group.targets}
-        if not group.patterns:
-            groups.append(SaveGroup(list(infos), {group.sources[0]: next(iter(infos.values()))}, True))
-        else:
-            groups.append(_converted_group(converter, infos))
-    groups += [
-        _converted_group(converter, {name: left[name] for name in names}) for names in converter.saved_with(left)
-    ]
-    return groups
-
-
-def _converted_group(converter: Converter, infos: Mapping[str, TensorInfo]) -> SaveGroup:
-    on_meta = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in infos.items()}
-    disk = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in converter.to_disk(on_meta).items()}
-    return SaveGroup(list(infos), disk, False)
+        Args:
+            infos (`Mapping[str, TensorInfo]`): The parameters, by module name.
+        """
+        on_meta = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in infos.items()}
+        disk = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in self.to_disk(on_meta).items()}
+        return SaveGroup(list(infos), disk, False)

@@ -5,29 +5,34 @@ Opening a source reads configs and headers only. Weights are read one parameter 
 
 from __future__ import annotations
 
+import copy
 import threading
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from ..errors import CheckpointError, ConfigError, UnsupportedModelError
-from ..hub import ADAPTER_CONFIG_NAME, fetch_folder
-from ..modeling.shell import Anatomy, build_shell, model_class_of
-from ..modeling.vocabulary import vocabulary_axes
-from .conversion import ConversionGroup, Converter, NameMap
+from ..errors import CheckpointError, ConfigError
+from .description import Description
+from .names import ConversionGroup, NameMap, SaveGroup
 from .processors import processor_files, vocabulary_of
-from .storage import StateDictStorage, Storage, TensorInfo, open_storage
+from .storage import Storage, TensorInfo
+
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+    from ..modeling.anatomy import Anatomy
+    from .conversion import Converter
 
 
 # What constructors of models raise on values that make no sense together.
-_BUILD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+BUILD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 
 @dataclass
@@ -86,6 +91,9 @@ class ModelSource:
         keep (*optional*): What has to live as long as the source, such as a temporary folder.
     """
 
+    is_adapter: ClassVar[bool] = False
+    """Whether it is an adapter over another model."""
+
     name: str
     reference: ModelReference
     config: PretrainedConfig
@@ -113,7 +121,25 @@ class ModelSource:
         recognised."""
         if self.folder is None:
             return [str(uuid.uuid4())]
-        return [str(self.folder), self.config.to_json_string(), *self.storage.fingerprint()]
+        return [str(self.folder), self.description.text, *self.storage.fingerprint()]
+
+    @cached_property
+    def description(self) -> Description:
+        """What its config and its class say."""
+        return Description.of(self.config, self.model_class)
+
+    @property
+    def is_as_stored(self) -> bool:
+        """Whether its values are those of its storage, and not made of them when they are read."""
+        return type(self).read is ModelSource.read
+
+    def keep_record(self) -> None:
+        """Leaves a record of what was found out about the model for merges to come, where it is one of a folder."""
+
+    def saved_file(self, filename: str, dtype: torch.dtype | None = None) -> str | None:
+        """What transformers writes as `config.json` (for weights of a dtype) or `generation_config.json`, where that is known without
+        loading it."""
+        return None
 
     @property
     def processor_folder(self) -> Path | None:
@@ -130,12 +156,21 @@ class ModelSource:
     @cached_property
     def vocabulary_axes(self) -> dict[str, int]:
         """The stored parameters with one slice per token: module name -> axis of the vocabulary."""
+        from ..modeling.vocabulary import vocabulary_axes
+
         return {name: axis for name, axis in vocabulary_axes(self.shell).items() if name in self.parameters}
 
     @property
     def quantization(self) -> str | None:
         """How the weights are quantised, or `None`."""
-        return quantization_of(self.config)
+        return self.description.quantization
+
+    def config_for(self, dtype: torch.dtype) -> PretrainedConfig:
+        """Its config, as it is saved beside weights of a dtype: a copy."""
+        config = copy.deepcopy(self.config)
+        config.dtype = dtype
+        config.architectures = [self.model_class.__name__]
+        return config
 
     @cached_property
     def shell(self) -> PreTrainedModel:
@@ -144,19 +179,25 @@ class ModelSource:
         Raises:
             CheckpointError: No model can be built from the config.
         """
+        from ..modeling.shell import build_shell
+
         try:
             return build_shell(self.model_class, self.config, self.dtype)
-        except _BUILD_ERRORS as error:
+        except BUILD_ERRORS as error:
             raise CheckpointError(
                 f"{self}: no {self.model_class.__name__} can be built from its config.json ({type(error).__name__}: {error})."
             ) from error
 
     @cached_property
     def anatomy(self) -> Anatomy:
-        return Anatomy(self.shell)
+        from ..modeling.shell import read_anatomy
+
+        return read_anatomy(self.shell)
 
     @cached_property
     def converter(self) -> Converter:
+        from .conversion import Converter
+
         return Converter(self.shell, self.live)
 
     @cached_property
@@ -182,6 +223,28 @@ class ModelSource:
     def layout(self) -> list[ConversionGroup]:
         """How the parameters lie on disk; empty for a model in memory, which has no files."""
         return self.names.groups if self.live is None else []
+
+    def save_groups(self, outputs: Mapping[str, TensorInfo]) -> list[SaveGroup]:
+        """How the parameters of a merged model are laid out on disk: as in the files of this one.
+
+        Args:
+            outputs (`Mapping[str, TensorInfo]`): The parameters to save, by module name. Those that the files lack get the names that
+                transformers would give them.
+        """
+        groups = []
+        left = dict(outputs)
+        for group in self.layout:
+            if not all(name in left for name in group.targets):
+                continue
+            infos = {name: left.pop(name) for name in group.targets}
+            if not group.patterns:
+                groups.append(SaveGroup(list(infos), {group.sources[0]: next(iter(infos.values()))}, True))
+            else:
+                groups.append(self.converter.save_group(infos))
+        if left:
+            together = self.converter.saved_with(left)
+            groups += [self.converter.save_group({name: left[name] for name in names}) for names in together]
+        return groups
 
     @cached_property
     def parameters(self) -> dict[str, TensorInfo]:
@@ -231,128 +294,3 @@ class ModelSource:
             if name not in self._cache.get(key, {}):
                 self._cache = {key: self.converter.to_module(group, self.storage.read)}
             return self._cache[key].pop(name)
-
-
-def open_source(
-    name: str,
-    model: Any,
-    *,
-    template: ModelSource | None = None,
-    trust_remote_code: bool = False,
-    **hub_kwargs,
-) -> ModelSource:
-    """Opens a model given as a path, a Hub id, a reference, a live model or a state dict.
-
-    Args:
-        name (`str`): What messages call it.
-        model: The model.
-        template ([`ModelSource`], *optional*): Gives config and class to a bare state dict.
-        trust_remote_code (`bool`): Whether code from the model's repository may run.
-        hub_kwargs: The Hub's arguments.
-
-    Raises:
-        CheckpointError, UnsupportedModelError, ConfigError: With the model's name and the remedy.
-    """
-    if isinstance(model, PreTrainedModel):
-        return _from_model(name, model)
-    if isinstance(model, Mapping) and "model" not in model:
-        return _from_state_dict(name, model, template)
-    if isinstance(model, torch.nn.Module):
-        raise UnsupportedModelError(
-            f"'{name}' is a {type(model).__name__}, not a PreTrainedModel. A PeftModel is merged into its base first: "
-            "pass model.merge_and_unload()."
-        )
-    return _from_folder(name, ModelReference.parse(model, f"The expert '{name}'"), trust_remote_code, hub_kwargs)
-
-
-def _from_folder(name: str, reference: ModelReference, trust_remote_code: bool, hub_kwargs: dict) -> ModelSource:
-    kwargs = hub_kwargs | {
-        key: value for key, value in vars(reference).items() if key != "model" and value is not None
-    }
-    folder, commit = fetch_folder(reference.model, **kwargs)
-    where = f"'{name}' ({reference.model})"
-    if not folder.is_dir():
-        raise CheckpointError(f"{where}: the folder '{folder}' does not exist.")
-    if (folder / ADAPTER_CONFIG_NAME).is_file():
-        raise UnsupportedModelError(
-            f"{where} is a PEFT adapter, not a model: pass it as an expert, or what AutoPeftModel's merge_and_unload() makes of it."
-        )
-    config = load_config(folder, where, trust_remote_code)
-    return ModelSource(
-        name=name,
-        reference=ModelReference(reference.model, commit, reference.subfolder),
-        config=config,
-        model_class=model_class_of(config, where, trust_remote_code),
-        storage=open_storage(folder),
-        folder=folder,
-        generation_config=load_generation_config(folder),
-    )
-
-
-def _from_model(name: str, model: PreTrainedModel) -> ModelSource:
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModelError(f"'{name}' has PEFT adapters attached: merge them into the weights first.")
-    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    state = model.state_dict()
-    pointers = {key: value.data_ptr() for key, value in state.items() if value.device.type != "meta"}
-    tied = {
-        target for target, source in ties.items() if source in pointers and pointers.get(target) == pointers[source]
-    }
-    storage = StateDictStorage({key: value for key, value in state.items() if key not in tied}, f"'{name}'")
-    return ModelSource(
-        name=name,
-        reference=ModelReference(None),
-        config=model.config,
-        model_class=type(model),
-        storage=storage,
-        generation_config=getattr(model, "generation_config", None),
-        live=model,
-    )
-
-
-def _from_state_dict(name: str, state: Mapping[str, Tensor], template: ModelSource | None) -> ModelSource:
-    if not state:
-        raise ConfigError(f"'{name}' is an empty dictionary: give a state dict, a path or a model.")
-    if template is None:
-        raise ConfigError(
-            f"'{name}' is a state dict, which says nothing about its architecture: give at least one model as a path or a "
-            "PreTrainedModel."
-        )
-    storage = StateDictStorage(state, f"'{name}'")
-    return ModelSource(name, ModelReference(None), template.config, template.model_class, storage)
-
-
-def load_config(folder: Path, where: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a local folder, or a [`CheckpointError`] that says what is wrong with it."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{where}: there is no config.json in '{folder}', so it is not a transformers model.")
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, StrictDataclassError, *_BUILD_ERRORS) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        if "custom code" in str(error) and not trust_remote_code:
-            raise UnsupportedModelError(
-                f"{where} is defined by code in its own repository. Read it, then pass trust_remote_code=True."
-            ) from error
-        raise CheckpointError(f"{where}: config.json cannot be used: {' '.join(lines[:2])}") from error
-
-
-def quantization_of(config: PretrainedConfig) -> str | None:
-    """The name of the quantisation that a config says its weights have, or `None`."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return None
-    if isinstance(quantization, Mapping):
-        return str(quantization.get("quant_method", "unknown method"))
-    return str(getattr(quantization, "quant_method", "unknown method"))
-
-
-def load_generation_config(folder: Path) -> GenerationConfig | None:
-    if not (folder / "generation_config.json").is_file():
-        return None
-    try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"'{folder / 'generation_config.json'}' cannot be used: {error}") from error

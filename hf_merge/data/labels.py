@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from ..errors import ConfigError, suggest
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 IGNORED = -100

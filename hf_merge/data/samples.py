@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from ..errors import ConfigError, MissingDependencyError
 from .batching import Sample, without_padding
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 LABELS = ("labels", "label", "label_ids")

@@ -15,13 +15,11 @@ from torch import Tensor
 
 from ..adapters.opening import SAFE_WEIGHTS
 from ..adapters.reading import Added
-from ..adapters.source import AdapterSource
 from ..adapters.writing import AdapterLayout, AdapterPlan, can_hold
 from ..card import adapter_card
 from ..checkpoints.folder import OutputFolder
 from ..checkpoints.layout import CheckpointLayout, ShardLayout
 from ..checkpoints.storage import TensorInfo
-from ..config import MergeConfig
 from ..errors import MergeError, PlanError
 from ..kinds import ParameterKind
 from ..low_rank import Factors, factorized, truncated
@@ -35,22 +33,6 @@ from .sealing import HEADS_FOLDER, head_tensors, write_records
 
 
 _STACKED = (ParameterKind.EXPERT_LINEAR, ParameterKind.TRANSPOSED_EXPERT_LINEAR)
-
-
-def needs_base_values(config: MergeConfig) -> bool:
-    """Whether a recipe reads weights of the base model even if all experts are factors and the result is an adapter."""
-    if config.output != "adapter":
-        return True
-    recipes = [config, *config.next_recipes()]
-    recipes += [
-        get_merge_method(rule["merge_type"]).config_cls(
-            **{key: value for key, value in rule.items() if key not in ("match", "merge_type")}
-        )
-        for rule in config.rules
-        if "merge_type" in rule
-    ]
-    methods = [(get_merge_method(recipe.merge_type).method_cls, recipe) for recipe in recipes]
-    return not all(issubclass(method, TensorMethod) and method.works_on_changes(recipe) for method, recipe in methods)
 
 
 def plan_adapter(plan: MergePlan) -> None:
@@ -91,7 +73,7 @@ def _is_changed(plan: MergePlan, parameter: PlannedParameter) -> bool:
     if parameter.action == "copy":
         return parameter.copy_from != "base" and plan.target.anatomy.parameters[parameter.name].is_task_head
     return any(
-        not isinstance(source, AdapterSource) or name in source.deltas
+        not source.is_adapter or name in source.deltas
         for source, name in zip(plan.experts, parameter.experts, strict=True)
     )
 
@@ -101,7 +83,7 @@ def _whole_modules(plan: MergePlan) -> list[str]:
     canonical = plan.target.anatomy.by_canonical
     found = set()
     for source in plan.experts:
-        if isinstance(source, AdapterSource):
+        if source.is_adapter:
             for module in source.whole_modules:
                 leaf = next(name for name in source.anatomy.parameters if name.startswith(f"{module}."))
                 name = canonical.get(source.anatomy.canonical(leaf))
@@ -148,7 +130,7 @@ def _add_twins(plan: MergePlan, planned: AdapterPlan) -> None:
 
 def _deltas(plan: MergePlan, parameter: PlannedParameter) -> list | None:
     """The experts' changes, `None` for those that leave the parameter alone; `None` where an expert is a full model."""
-    if not all(isinstance(source, AdapterSource) for source in plan.experts):
+    if not all(source.is_adapter for source in plan.experts):
         return None
     return [source.deltas.get(name) for source, name in zip(plan.experts, parameter.experts, strict=True)]
 
@@ -190,7 +172,7 @@ def _no_rank(plan: MergePlan) -> str:
     culprit = next(
         source
         for source in plan.experts
-        if not isinstance(source, AdapterSource)
+        if not source.is_adapter
         or any(delta.factors is None and not isinstance(delta, Added) for delta in source.deltas.values())
     )
     return (
@@ -201,7 +183,7 @@ def _no_rank(plan: MergePlan) -> str:
 
 def result_layout(plan: MergePlan, planned: AdapterPlan) -> AdapterLayout:
     """The files of an adapter for the plan's base model."""
-    adapters = [source for source in plan.experts if isinstance(source, AdapterSource)]
+    adapters = [source for source in plan.experts if source.is_adapter]
     tasks = {str(source.adapter.config.task_type) for source in adapters if source.adapter.config.task_type}
     wanted = getattr(torch, plan.config.dtype) if plan.config.dtype else None
     dtypes = [source.adapter_dtype for source in adapters] or [torch.float32]

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..adapters.source import AdapterSource
 from ..checkpoints.source import ModelSource
+from ..config import MergeConfig
 from ..errors import NonFiniteError
 from ..kinds import ParameterKind
 from ..low_rank import Factors, stacked
@@ -23,13 +23,33 @@ from .plan import MergePlan, PlannedParameter
 from .streaming import StreamingEngine
 
 
+if TYPE_CHECKING:
+    from ..adapters.source import AdapterSource
+
+
 _TRANSPOSED = (ParameterKind.TRANSPOSED_LINEAR, ParameterKind.TRANSPOSED_EXPERT_LINEAR)
 _STACKED = (ParameterKind.EXPERT_LINEAR, ParameterKind.TRANSPOSED_EXPERT_LINEAR)
 
 
+def needs_base_values(config: MergeConfig) -> bool:
+    """Whether a recipe reads weights of the base model even if all experts are factors and the result is an adapter."""
+    if config.output != "adapter":
+        return True
+    recipes = [config, *config.next_recipes()]
+    recipes += [
+        get_merge_method(rule["merge_type"]).config_cls(
+            **{key: value for key, value in rule.items() if key not in ("match", "merge_type")}
+        )
+        for rule in config.rules
+        if "merge_type" in rule
+    ]
+    methods = [(get_merge_method(recipe.merge_type).method_cls, recipe) for recipe in recipes]
+    return not all(issubclass(method, TensorMethod) and method.works_on_changes(recipe) for method, recipe in methods)
+
+
 def all_adapters(experts: Sequence[ModelSource]) -> bool:
     """Whether every expert is an adapter."""
-    return all(isinstance(source, AdapterSource) for source in experts)
+    return all(source.is_adapter for source in experts)
 
 
 def merges_changes(parameter: PlannedParameter) -> bool:

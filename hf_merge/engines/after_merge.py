@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoints.conversion import SaveGroup
+from ..checkpoints.names import SaveGroup
 from ..data.calibration import CalibrationData
 from ..methods.block_base import BlockMonitor
 from ..registry import get_merge_method

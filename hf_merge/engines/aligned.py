@@ -7,11 +7,10 @@ read; both models are in memory then, and the permuted one stays there.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..checkpoints.source import ModelSource
 from ..errors import ConfigError, UnsupportedModelError
@@ -23,6 +22,10 @@ from ..modeling.heads import find_attention, find_elementwise
 from ..modeling.topology import backbone_of, example_inputs, trace
 from .derived import DerivedSource
 from .task_models import build_model, expert_values
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 _TOLERANCE = 1e-3

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.conversion import SaveGroup
+from ..checkpoints.names import SaveGroup
 from ..checkpoints.source import ModelSource
 from ..data.cache import ActivationCache, CachedTensor
 from ..data.calibration import CalibrationData

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PretrainedConfig
 
 from ..checkpoints.processors import moved_tokens
 from ..checkpoints.source import ModelSource
@@ -21,6 +21,10 @@ from .heads import HeadPlan
 from .plan import MergePlan, PlannedParameter
 from .planned_source import planned_source
 from .vocabulary import align_vocabularies
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 # The same weights would mean something else, or rows of a table would, where one of these differs.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from ..checkpoints.source import ModelSource
 from ..errors import UnsupportedModelError
@@ -14,6 +14,10 @@ from ..modeling.blocks import find_block_lists
 from ..modeling.heads import find_attention, find_elementwise
 from ..modeling.topology import backbone_of, example_inputs, trace
 from .slices import config_for_layers
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from ..checkpoints.conversion import SaveGroup
+from ..checkpoints.names import SaveGroup
 from ..checkpoints.source import ModelSource
 from ..data.batching import collate
 from ..data.calibration import CalibrationData
@@ -33,6 +32,10 @@ from .plan import MergePlan
 from .report import MergeReport, peak_memory_bytes
 from .streaming import Sink, on_disk
 from .task_models import build_model, expert_values
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class BackboneEngine:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..data.batching import Batch
 from ..data.cache import ActivationCache, CachedTensor
@@ -21,6 +20,10 @@ from ..modeling.precision import mixed_precision
 from ..modeling.reentry import BlockCall, Reentry, compare_outputs, main_output, map_structure, without_caches
 from ..modeling.residency import Reader, build_runnable_shell, entries_of, materialise, move_buffers, release
 from ..modeling.shell import output_embeddings
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 CACHED_FROM = 1 << 12

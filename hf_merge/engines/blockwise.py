@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..checkpoints.conversion import SaveGroup
 from ..checkpoints.folder import space_problems
+from ..checkpoints.names import SaveGroup
 from ..checkpoints.shards import partial_of
 from ..data.calibration import CalibrationData
 from ..errors import NonFiniteError, PlanError

@@ -1,55 +1,37 @@
-"""Which engine carries out a plan, from the contract of its method."""
+"""Which engine carries out a plan, from the contract of its method. Engines are imported when they are chosen: most of them import
+transformers' models, which a merge from disk to disk can do without."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from ..checkpoints.conversion import SaveGroup, plan_saving
+from ..checkpoints.names import SaveGroup
 from ..checkpoints.source import ModelSource
 from ..config import MergeConfig
-from ..data.calibration import CalibrationData
 from ..methods.after_base import AfterMergeMethod, ExclusiveMethod
 from ..methods.backbone_base import BackboneMethod
-from ..methods.base import TensorMethod
+from ..methods.base import MergeMethod, TensorMethod
 from ..methods.block_base import BlockMethod
 from ..methods.mixture_base import MixtureMethod
 from ..methods.model_base import ModelMethod
 from ..methods.output_base import OutputMethod
 from ..registry import get_merge_method
-from .adapter_output import plan_adapter
 from .adapters import all_adapters, tensor_engine
-from .after_merge import inner_plan, outer_plan
-from .backbone_blocks import BackboneBlocksEngine
-from .backbone_plan import build_backbone_plan
-from .backbones import BackboneEngine
-from .blockwise import BlockwiseEngine
-from .calibrated import initial_plan
-from .end_to_end import EndToEndEngine
-from .ensembles import build_ensemble_plan
 from .estimate import NOT_FORKED, Estimate, count_processes, streaming_memory, together, traffic
-from .estimate_blocks import Samples, block_disk, blockwise_memory
-from .estimate_models import end_to_end_memory
-from .mixture_plan import build_mixture_plan
-from .mixtures import MixtureEngine
-from .options import EngineOptions
 from .placement import Placement
 from .plan import MergePlan
 from .planning import build_plan
 from .report import MergeReport
 from .streaming import Sink, StreamingEngine
-from .surgery import SurgeryEngine, plan_surgery
-from .timing import merge_seconds
-from .twin import TwinEngine, plan_twin
 
 
-_PLANS = {
-    BackboneMethod: build_backbone_plan,
-    MixtureMethod: build_mixture_plan,
-    OutputMethod: build_ensemble_plan,
-}
+if TYPE_CHECKING:
+    from ..data.calibration import CalibrationData
+    from .estimate_blocks import Samples
+    from .options import EngineOptions
 
 
 class Engine(Protocol):
@@ -76,16 +58,42 @@ def plan_merge(config: MergeConfig, experts: Sequence[ModelSource], base: ModelS
     """
     method = get_merge_method(config.merge_type).method_cls
     if issubclass(method, AfterMergeMethod):
-        plan = outer_plan(config, plan_merge(config.inner_config(), experts, base))
-        plan.problems += [
-            one for one in method.refusals(config.merge_type, len(experts), True) if one not in plan.problems
-        ]
-        (plan_twin if issubclass(method, ExclusiveMethod) else plan_surgery)(plan)
-        return plan
-    build = next((plan for contract, plan in _PLANS.items() if issubclass(method, contract)), build_plan)
-    plan = build(config, experts, base)
+        return _plan_after_merge(config, experts, base)
+    plan = _planner_of(method)(config, experts, base)
     if config.output == "adapter":
+        from .adapter_output import plan_adapter
+
         plan_adapter(plan)
+    return plan
+
+
+def _planner_of(method: type[MergeMethod]) -> Callable[..., MergePlan]:
+    if issubclass(method, BackboneMethod):
+        from .backbone_plan import build_backbone_plan
+
+        return build_backbone_plan
+    if issubclass(method, MixtureMethod):
+        from .mixture_plan import build_mixture_plan
+
+        return build_mixture_plan
+    if issubclass(method, OutputMethod):
+        from .ensembles import build_ensemble_plan
+
+        return build_ensemble_plan
+    return build_plan
+
+
+def _plan_after_merge(config: MergeConfig, experts: Sequence[ModelSource], base: ModelSource | None) -> MergePlan:
+    from .after_merge import outer_plan
+    from .surgery import plan_surgery
+    from .twin import plan_twin
+
+    method = get_merge_method(config.merge_type).method_cls
+    plan = outer_plan(config, plan_merge(config.inner_config(), experts, base))
+    plan.problems += [
+        one for one in method.refusals(config.merge_type, len(experts), True) if one not in plan.problems
+    ]
+    (plan_twin if issubclass(method, ExclusiveMethod) else plan_surgery)(plan)
     return plan
 
 
@@ -125,6 +133,8 @@ def find_data_problems(plan: MergePlan, data: CalibrationData | None, has_option
             "models have heads."
         )
     if issubclass(method, (BlockMethod, ModelMethod)) and not plan.problems:
+        from .calibrated import initial_plan
+
         problems += initial_plan(plan).problems
     return problems
 
@@ -140,6 +150,8 @@ def _after_merge_problems(plan: MergePlan, data: CalibrationData | None, has_opt
     """Those of the inner recipe, where it has a use for samples, and of what is added to its result."""
     if data is None:
         return [_missing_samples(plan.config.merge_type)]
+    from .after_merge import inner_plan
+
     inner = inner_plan(plan)
     if get_merge_method(inner.config.merge_type).method_cls.needs_data(inner.config):
         return find_data_problems(inner, data, has_options)
@@ -158,26 +170,51 @@ def choose_engine(
         options ([`EngineOptions`], *optional*): For the engines that need data.
     """
     method = get_merge_method(plan.config.merge_type).method_cls
-    if issubclass(method, AfterMergeMethod):
-        inner = inner_plan(plan)
-        needs_data = get_merge_method(inner.config.merge_type).method_cls.needs_data(inner.config)
-        engine = choose_engine(inner, placement, data if needs_data else None, options)
-        engine_cls = TwinEngine if issubclass(method, ExclusiveMethod) else SurgeryEngine
-        return engine_cls(plan, engine, placement, data, options)
-    if issubclass(method, BlockMethod):
-        return BlockwiseEngine(plan, placement, data, options)
-    if issubclass(method, ModelMethod):
-        return EndToEndEngine(plan, placement, data, options)
-    if issubclass(method, BackboneMethod) and is_block_wise(plan.config):
-        return BackboneBlocksEngine(plan, placement, data, options)
-    if issubclass(method, MixtureMethod):
-        return MixtureEngine(plan, placement, data, options)
-    if issubclass(method, BackboneMethod):
-        return BackboneEngine(plan, placement, data, options)
     if issubclass(method, TensorMethod):
         return tensor_engine(plan, placement)
     if issubclass(method, OutputMethod):
         return StreamingEngine(plan, placement)
+    if issubclass(method, AfterMergeMethod):
+        return _after_merge_engine(plan, placement, data, options)
+    return _engine_of(method, plan.config)(plan, placement, data, options)
+
+
+def _after_merge_engine(
+    plan: MergePlan, placement: Placement, data: CalibrationData | None, options: EngineOptions | None
+) -> Engine:
+    from .after_merge import inner_plan
+    from .surgery import SurgeryEngine
+    from .twin import TwinEngine
+
+    inner = inner_plan(plan)
+    needs_data = get_merge_method(inner.config.merge_type).method_cls.needs_data(inner.config)
+    engine = choose_engine(inner, placement, data if needs_data else None, options)
+    is_exclusive = issubclass(get_merge_method(plan.config.merge_type).method_cls, ExclusiveMethod)
+    return (TwinEngine if is_exclusive else SurgeryEngine)(plan, engine, placement, data, options)
+
+
+def _engine_of(method: type[MergeMethod], config: MergeConfig) -> Callable[..., Engine]:
+    """The class of the engine for a method that needs samples or a router."""
+    if issubclass(method, BlockMethod):
+        from .blockwise import BlockwiseEngine
+
+        return BlockwiseEngine
+    if issubclass(method, ModelMethod):
+        from .end_to_end import EndToEndEngine
+
+        return EndToEndEngine
+    if issubclass(method, BackboneMethod) and is_block_wise(config):
+        from .backbone_blocks import BackboneBlocksEngine
+
+        return BackboneBlocksEngine
+    if issubclass(method, MixtureMethod):
+        from .mixtures import MixtureEngine
+
+        return MixtureEngine
+    if issubclass(method, BackboneMethod):
+        from .backbones import BackboneEngine
+
+        return BackboneEngine
     raise NotImplementedError(f"{method.__name__} follows none of the contracts of hf_merge.methods")
 
 
@@ -189,6 +226,15 @@ def is_divisible(plan: MergePlan) -> bool:
     return issubclass(method, TensorMethod) or (
         issubclass(method, BlockMethod) and method.divides_samples(plan.config)
     )
+
+
+def work_bytes(plan: MergePlan) -> int:
+    """Bytes of the finished blocks that lie beside the output folder until it is complete; 0 where nothing is merged block by block."""
+    if issubclass(get_merge_method(plan.config.merge_type).method_cls, TensorMethod):
+        return 0
+    from .estimate_blocks import finished_blocks
+
+    return finished_blocks(plan)
 
 
 def is_block_wise(config: MergeConfig) -> bool:
@@ -227,12 +273,17 @@ def estimate_merge(
     streamed = issubclass(method, (TensorMethod, OutputMethod)) and not all_adapters(plan.experts)
     estimate = traffic(plan, by_parameter=by_block or streamed)
     if by_block:
+        from .estimate_blocks import Samples, block_disk, blockwise_memory
+
         samples = samples or Samples(0, 0)
         estimate.memory = blockwise_memory(plan, placement, samples, options)
         estimate.disk = block_disk(plan, samples, options)
         if not samples.count:
             estimate.notes.append("without the activations of samples: say how many there are")
     elif issubclass(method, ModelMethod):
+        from .estimate_blocks import Samples
+        from .estimate_models import end_to_end_memory
+
         samples = samples or Samples(0, 0)
         estimate.memory = end_to_end_memory(plan, placement, samples, options)
         if not estimate.memory:
@@ -243,14 +294,16 @@ def estimate_merge(
         if issubclass(get_merge_method(start).method_cls, BlockMethod):
             estimate.notes.append(f"without the start, which '{start}' makes block by block")
     elif streamed:
-        target = plan.target
-        groups = plan_saving(target.converter, target.layout, plan.outputs)
+        groups = plan.target.save_groups(plan.outputs)
         if tensor_engine(plan, placement).can_fork():
             estimate.num_proc = min(count_processes(plan, placement, groups, num_proc), len(groups))
         elif isinstance(num_proc, int) and num_proc > 1:
             estimate.notes.append(NOT_FORKED.format(num_proc))
         estimate.memory = streaming_memory(plan, placement, groups, estimate.num_proc)
-        estimate.seconds = merge_seconds(plan, placement, estimate, folder) if timed else None
+        if timed:
+            from .timing import merge_seconds
+
+            estimate.seconds = merge_seconds(plan, placement, estimate, folder)
     else:
         estimate.notes.append(f"memory and time are not estimated for this merge with '{plan.config.merge_type}'")
     return estimate

@@ -66,10 +66,10 @@ def find_incompatibilities(experts: Sequence[ModelSource], base: ModelSource | N
                 "original weights and quantise the result."
             )
     for other in [*experts[1:], *([base] if base is not None else [])]:
-        if other.config.model_type != first.config.model_type:
+        if other.description.model_type != first.description.model_type:
             found.different_architectures = True
             found.problems.append(
-                f"{other} is a '{other.config.model_type}' model and {first} a '{first.config.model_type}' model: "
+                f"{other} is a '{other.description.model_type}' model and {first} a '{first.description.model_type}' model: "
                 "only models of one architecture can be merged."
             )
             continue
@@ -80,7 +80,7 @@ def find_incompatibilities(experts: Sequence[ModelSource], base: ModelSource | N
 
 
 def _compare_configs(first: ModelSource, other: ModelSource, found: Incompatibilities) -> None:
-    ours, theirs = _flat(first.config.to_dict()), _flat(other.config.to_dict())
+    ours, theirs = _flat(first.description.values), _flat(other.description.values)
     for key in sorted(set(ours) & set(theirs)):
         if ours[key] == theirs[key]:
             continue

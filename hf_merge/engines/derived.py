@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
-from ..checkpoints.conversion import ConversionGroup, Converter, NameMap
+from ..checkpoints.names import ConversionGroup, NameMap
 from ..checkpoints.source import ModelSource
 from ..checkpoints.storage import TensorInfo
+
+
+if TYPE_CHECKING:
+    from ..checkpoints.conversion import Converter
 
 
 class DerivedSource(ModelSource):

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.conversion import SaveGroup
 from ..checkpoints.folder import OutputFolder, OutputPart
 from ..checkpoints.layout import CheckpointLayout
+from ..checkpoints.names import SaveGroup
 from ..checkpoints.shards import ShardWriter
 from ..errors import MergeError
 from ..methods.base import TensorMethod

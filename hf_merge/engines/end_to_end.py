@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..checkpoints.conversion import SaveGroup
+from ..checkpoints.names import SaveGroup
 from ..data.calibration import CalibrationData
 from ..errors import NonFiniteError
 from ..methods.base import TensorGroup

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
-from transformers import PreTrainedModel
 
 from ..checkpoints.processors import moved_tokens
 from ..checkpoints.source import ModelSource
@@ -21,12 +20,16 @@ from ..methods.output_base import OutputMethod
 from ..methods.passthrough import PassthroughConfig
 from ..modeling.ensembles import make_ensemble
 from ..registry import available_merge_methods, get_merge_method
-from .heads import has_generic_labels, label_names
+from .heads import has_generic_labels
 from .lazy import lazy_merge
 from .placement import Placement
 from .plan import MergePlan
 from .planning import build_plan
 from .streaming import StreamingEngine
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 _WITH_LOGITS = (
@@ -120,7 +123,7 @@ def _differences(first: ModelSource, other: ModelSource) -> Iterator[str]:
             "class."
         )
         return
-    if _is_classifier(first) and label_names(first) != label_names(other):
+    if _is_classifier(first) and first.description.labels != other.description.labels:
         yield (
             f"The classes of {first} and {other} differ ({_shown(first)} and {_shown(other)}): logits have no mean. An ensemble is of "
             "experts for the same classes; the upper reference of different tasks is each expert alone."
@@ -139,7 +142,7 @@ def _is_classifier(source: ModelSource) -> bool:
 
 
 def _shown(source: ModelSource) -> str:
-    names = list(label_names(source).values())
+    names = list(source.description.labels.values())
     return f"{len(names)}: {', '.join(map(str, names[:3]))}{', ...' if len(names) > 3 else ''}"
 
 

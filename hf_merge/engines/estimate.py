@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.source import AdapterSource
-from ..checkpoints.conversion import SaveGroup
+from ..checkpoints.names import SaveGroup
 from ..checkpoints.source import ModelSource
 from ..checkpoints.storage import StateDictStorage
 from ..methods.base import FLOAT32, ElementwiseMethod, TensorMethod
@@ -117,7 +116,7 @@ def traffic(plan: MergePlan, by_parameter: bool = True) -> Estimate:
     else:
         read = sum(info.nbytes for source in plan.sources for info in source.parameters.values())
     estimate = Estimate(read, plan.nbytes, plan.nbytes)
-    if any(type(source) is not ModelSource for source in plan.sources):
+    if not all(source.is_as_stored for source in plan.sources):
         estimate.notes.append("adapters, nested recipes and other vocabularies are counted as models of full size")
     return estimate
 
@@ -151,7 +150,7 @@ def loaded_bytes(plan: MergePlan, parameter: PlannedParameter) -> int:
     return sum(
         source.parameters[name].nbytes
         for source, name in sources_of(plan, parameter)
-        if not isinstance(source.storage, StateDictStorage) or isinstance(source, AdapterSource)
+        if not isinstance(source.storage, StateDictStorage) or source.is_adapter
     )
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from ..data.batching import Sample
 from ..data.calibration import TaskSamples
@@ -22,6 +21,10 @@ from .estimate import loaded_bytes, process_memory
 from .options import EngineOptions
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 SAVED_ACTIVATIONS = 1.5

@@ -18,12 +18,12 @@ from ..errors import ConfigError, NonFiniteError, PlanError
 from ..low_rank import Factors, factorized
 from ..methods.groups import keyed_generator
 from ..methods.linalg import Triplets, randomized_triplets, singular_triplets
+from ..progress import progress
 from .adapter_output import AdapterSink, checkpoint_layout, matrix_of, result_layout, seal_adapter
 from .choice import plan_merge
 from .opening import Opening
 from .plan import MergePlan, PlannedParameter
 from .report import MergeReport
-from .streaming import progress
 
 
 _OVERSAMPLING = 8

@@ -94,7 +94,7 @@ def plan_heads(policy: str, experts: Sequence[ModelSource], dtype: torch.dtype |
 
 def has_generic_labels(source: ModelSource) -> bool:
     """Whether a classifier's labels are the default names, which say nothing about its task."""
-    labels = label_names(source)
+    labels = source.description.labels
     return bool(labels) and all(name == f"LABEL_{index}" for index, name in labels.items())
 
 
@@ -108,22 +108,17 @@ def _difference(experts: Sequence[ModelSource], heads: dict[str, dict[str, Tenso
     first = experts[0]
     for other in experts[1:]:
         pair = f"'{first.name}' and '{other.name}'"
-        if first.model_class is not other.model_class:
-            return f"{pair} are {first.model_class.__name__} and {other.model_class.__name__}"
+        if first.description.class_path != other.description.class_path:
+            return f"{pair} are {first.description.class_name} and {other.description.class_name}"
         ours, theirs = heads[first.name], heads[other.name]
         for name in dict.fromkeys([*ours, *theirs]):
             if name not in ours or name not in theirs:
                 return f"only one of {pair} has '{name}'"
             if ours[name].shape != theirs[name].shape:
                 return f"'{name}' is {ours[name].shape} in '{first.name}' and {theirs[name].shape} in '{other.name}'"
-        if label_names(first) != label_names(other):
+        if first.description.labels != other.description.labels:
             return f"the label names of {pair} differ"
     return ""
-
-
-def label_names(source: ModelSource) -> dict[int, str]:
-    """The names of a classifier's labels."""
-    return dict(getattr(source.config, "id2label", None) or {})
 
 
 def _as(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:

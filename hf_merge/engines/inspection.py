@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.source import ModelSource
+from ..progress import progress
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
-from .streaming import StreamingEngine, progress
+from .streaming import StreamingEngine
 
 
 @dataclass
@@ -156,8 +157,8 @@ def _describe(source: ModelSource) -> dict[str, Any]:
     return {
         "name": source.name,
         "model": source.reference.model,
-        "class": source.model_class.__name__,
-        "model_type": source.config.model_type,
+        "class": source.description.class_name,
+        "model_type": source.description.model_type,
         "tensors": len(counts),
         "parameters": sum(counts),
         "dtype": str(source.dtype).removeprefix("torch."),

@@ -6,11 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ..checkpoints.source import ModelSource
 from ..checkpoints.storage import TensorInfo
@@ -19,6 +18,10 @@ from ..modeling.assembly import assemble, backbone_names
 from .plan import MergePlan
 from .sealing import head_tensors, result_config, result_dtype
 from .streaming import StreamingEngine
+
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 
 @dataclass

@@ -6,11 +6,11 @@ Its parameters are merged one by one when they are read, so that recipes can be 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..checkpoints.conversion import Converter, NameMap
+from ..checkpoints.names import NameMap
 from ..checkpoints.source import ModelReference, ModelSource
 from ..checkpoints.storage import TensorInfo
 from ..errors import ConfigError
@@ -21,6 +21,10 @@ from .placement import Placement
 from .plan import MergePlan
 from .sealing import processor_source
 from .streaming import StreamingEngine
+
+
+if TYPE_CHECKING:
+    from ..checkpoints.conversion import Converter
 
 
 class MergedSource(ModelSource):

@@ -7,16 +7,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..adapters.opening import Adapter, base_difference, common_base, find_adapter
-from ..adapters.source import AdapterSource, ConfigOnlySource, dequantized, live_base
-from ..checkpoints.source import ModelSource, open_source
+from ..adapters.detection import may_be_adapter
+from ..checkpoints.opening import open_source
+from ..checkpoints.records import Recorder
+from ..checkpoints.source import ModelSource
 from ..config import MergeConfig
 from ..errors import CheckpointError, ConfigError, MergeError, PlanError
-from .nested import MergedSource
-from .planning import build_plan
-from .slices import LayerSlice, SlicedSource
+
+
+if TYPE_CHECKING:
+    from ..adapters.opening import Adapter
 
 
 logger = logging.getLogger(__name__)
@@ -35,11 +37,13 @@ class Opening:
         hub_kwargs (`dict`): The Hub's arguments, for all models.
         base_values (`bool`): Whether the merge reads weights of the base model. Where it does not, a base model that only adapters
             are applied to is opened by its config alone.
+        recorder ([`Recorder`]): Keeps what is found out about model folders.
     """
 
     trust_remote_code: bool = False
     hub_kwargs: dict[str, Any] = field(default_factory=dict)
     base_values: bool = True
+    recorder: Recorder = field(default_factory=Recorder)
 
     def model(self, name: str, model: Any, template: ModelSource | None = None) -> ModelSource:
         """Opens one model: everything that [`open_source`] takes; `{"merge": recipe}`, a merge that is carried out parameter by
@@ -48,7 +52,14 @@ class Opening:
             return self._nested(name, model)
         if isinstance(model, Mapping) and set(model) == {SLICES_KEY}:
             return self._sliced(name, model[SLICES_KEY])
-        return open_source(name, model, template=template, trust_remote_code=self.trust_remote_code, **self.hub_kwargs)
+        return open_source(
+            name,
+            model,
+            template=template,
+            trust_remote_code=self.trust_remote_code,
+            recorder=self.recorder,
+            **self.hub_kwargs,
+        )
 
     def _nested(self, name: str, model: Mapping[str, Any]) -> ModelSource:
         recipe = model[RECIPE_KEY]
@@ -62,12 +73,17 @@ class Opening:
             raise ConfigError(
                 f"'{name}': the result of a nested recipe is a model, so its 'output' cannot be {recipe.output!r}: leave it out."
             )
+        from .nested import MergedSource
+        from .planning import build_plan
+
         # Its parameters are merged into values, whatever the outer result is.
         opening = replace(self, base_values=True)
         experts, base = opening.models(recipe.experts or {}, recipe.base_model, infer=False)
         return MergedSource.of_plan(name, build_plan(recipe, experts, base).check())
 
     def _sliced(self, name: str, slices: Any) -> ModelSource:
+        from .slices import LayerSlice, SlicedSource
+
         pieces, opened = [], {}
         for index, piece in enumerate(slices if isinstance(slices, (list, tuple)) else [slices]):
             where = f"'{name}': slices[{index}]"
@@ -92,7 +108,7 @@ class Opening:
         base, over = None, {}
         if adapters and not errors:
             base = self._adapter_base(adapters, base_model, only_adapters=len(adapters) == len(named))
-            over = {name: AdapterSource.over(adapter, base) for name, adapter in adapters.items()}
+            over = _over(adapters, base)
         others = {name: model for name, model in named.items() if name not in adapters and name not in errors}
         opened = over | self._experts(others, list(errors.values()))
         sources = [opened[name] for name in named]
@@ -108,6 +124,10 @@ class Opening:
         errors: dict[str, MergeError] = {}
         for name, model in named.items():
             try:
+                if not may_be_adapter(name, model, self.hub_kwargs):
+                    continue
+                from ..adapters.opening import find_adapter
+
                 adapter = find_adapter(name, model, self.hub_kwargs)
             except MergeError as error:
                 errors[name] = error
@@ -118,6 +138,9 @@ class Opening:
 
     def _adapter_base(self, adapters: Mapping[str, Adapter], base_model: Any, only_adapters: bool) -> ModelSource:
         """The model that the adapters were trained on; only its config where no weight of it is read."""
+        from ..adapters.opening import base_difference, common_base
+        from ..adapters.source import ConfigOnlySource, dequantized, live_base
+
         values = self.base_values or not only_adapters or any(one.needs_base_values for one in adapters.values())
         holder = next((adapter.live for adapter in adapters.values() if adapter.live is not None), None)
         if base_model is None and holder is not None:
@@ -137,6 +160,9 @@ class Opening:
 
     def _named_base(self, adapters: Mapping[str, Adapter], base_model: Any, values: bool) -> ModelSource:
         """The base model that was given, or the one that the adapters' configs name."""
+        from ..adapters.opening import common_base
+        from ..adapters.source import ConfigOnlySource
+
         given = base_model is not None
         base_model = base_model if given else common_base(list(adapters.values()))
         listing = ", ".join(f"'{name}'" for name in adapters)
@@ -179,6 +205,13 @@ class Opening:
         if errors:
             raise PlanError(str(error) for error in errors)
         return opened
+
+
+def _over(adapters: Mapping[str, Adapter], base: ModelSource) -> dict[str, ModelSource]:
+    """Adapters as models."""
+    from ..adapters.source import AdapterSource
+
+    return {name: AdapterSource.over(adapter, base) for name, adapter in adapters.items()}
 
 
 def _refuse_trained_biases(adapters: Mapping[str, Adapter]) -> None:

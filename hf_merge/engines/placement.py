@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from ..checkpoints.conversion import SaveGroup
+from ..checkpoints.names import SaveGroup
 from ..errors import ConfigError
 from .plan import MergePlan
 

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..checkpoints.conversion import SaveGroup
+from ..checkpoints.names import SaveGroup
 from ..checkpoints.source import ModelSource
 from ..checkpoints.storage import TensorInfo
 from ..config import MergeConfig
@@ -155,7 +155,7 @@ class MergePlan:
 
     def __str__(self) -> str:
         lines = [
-            f"Merge of {len(self.experts)} models with '{self.config.merge_type}' -> {self.target.model_class.__name__}"
+            f"Merge of {len(self.experts)} models with '{self.config.merge_type}' -> {self.target.description.class_name}"
         ]
         lines += [f"  expert {source}: {source.dtype}".replace("torch.", "") for source in self.experts]
         lines.append(f"  base   {self.base}" if self.base is not None else "  no base model")
@@ -185,7 +185,7 @@ class MergePlan:
         """The plan as JSON-ready data."""
         return {
             "merge_type": self.config.merge_type,
-            "class": self.target.model_class.__name__,
+            "class": self.target.description.class_name,
             "experts": {source.name: source.recipe_entry() for source in self.experts},
             "base_model": self.base.recipe_entry() if self.base is not None else None,
             "nbytes": self.nbytes,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoints.source import ModelReference, ModelSource
 from ..checkpoints.storage import Storage, TensorInfo
 from ..errors import CheckpointError
 from ..modeling.shell import build_shell
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class PlannedStorage(Storage):

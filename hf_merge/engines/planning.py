@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -83,7 +82,7 @@ def _check_unexpected(plan: MergePlan) -> None:
         unexpected = source.names.unexpected
         if unexpected and source.quantization is None:
             plan.problems.append(
-                f"{source} stores {len(unexpected)} tensor(s) that {source.model_class.__name__} does not have: "
+                f"{source} stores {len(unexpected)} tensor(s) that {source.description.class_name} does not have: "
                 f"{_listing(unexpected)}. Correct 'architectures' in its config.json, or remove them."
             )
         plan.dropped += [
@@ -165,17 +164,10 @@ def _plan_absent(plan: MergePlan, name: str, canonical: str) -> None:
         return
     if plan.base is not None and canonical in plan.base.by_canonical:
         plan.problems.append(f"The parameter '{name}' is stored by the base model but by no expert.")
-    elif _may_be_absent(target, name):
+    elif target.anatomy.may_be_absent(name):
         plan.notes.append(f"no model stores '{name}': the result lacks it too")
     else:
-        plan.problems.append(f"No model stores the parameter '{name}' of {target.model_class.__name__}.")
-
-
-def _may_be_absent(target: ModelSource, name: str) -> bool:
-    """Whether transformers itself expects checkpoints without the parameter, or it belongs to a readout that none has."""
-    ignore = getattr(target.shell, "_keys_to_ignore_on_load_missing", None) or []
-    kind = target.anatomy.parameters[name].kind
-    return kind in (ParameterKind.BUFFER, ParameterKind.HEAD) or any(re.search(pattern, name) for pattern in ignore)
+        plan.problems.append(f"No model stores the parameter '{name}' of {target.description.class_name}.")
 
 
 def _stand_in(source: ModelSource, canonical: str) -> str | None:
@@ -267,7 +259,7 @@ def _result_info(plan: MergePlan, name: str, stored: TensorInfo) -> TensorInfo:
     wanted = _output_dtype(plan)
     if wanted is None or not stored.dtype.is_floating_point:
         return stored
-    keep = plan.target.converter.keep_in_float32(name, wanted)
+    keep = plan.target.anatomy.stays_in_float32(name, wanted)
     return TensorInfo(stored.shape, torch.float32 if keep else wanted)
 
 
@@ -309,7 +301,7 @@ def _list_dropped(plan: MergePlan, head_reason: str) -> None:
             elif source.anatomy.canonical(name) in plan.target.anatomy.by_canonical:
                 continue  # one of the problems
             else:
-                reason = f"{plan.target.model_class.__name__} has no such parameter"
+                reason = f"{plan.target.description.class_name} has no such parameter"
             plan.dropped.append(Dropped(source.name, name, reason))
 
 

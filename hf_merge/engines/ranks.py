@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from ..checkpoints.shards import StoppedError
 from ..errors import MergeError, RankLostError
@@ -181,6 +180,8 @@ class Ranks:
         if self.is_first:
             yield
             return
+        from transformers.utils import logging as transformers_logging
+
         loggers = [logging.getLogger(name) for name in ("hf_merge", "transformers", "py.warnings")]
         levels = [one.level for one in loggers]
         has_bars = transformers_logging.is_progress_bar_enabled()

@@ -10,17 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig
 
-from ..checkpoints.conversion import ConversionGroup, NameMap
+from ..checkpoints.names import ConversionGroup, NameMap
 from ..checkpoints.source import ModelSource
 from ..checkpoints.storage import TensorInfo
 from .derived import DerivedSource
+
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig
 
 
 @dataclass

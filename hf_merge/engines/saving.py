@@ -9,15 +9,12 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
-
-from ..checkpoints.conversion import SaveGroup, plan_saving
 from ..checkpoints.folder import OutputFolder
 from ..checkpoints.layout import CheckpointLayout, plan_layout
+from ..checkpoints.names import SaveGroup
 from ..hub import MEMBERS_FOLDER
-from .adapter_output import AdapterSink, checkpoint_layout, seal_adapter
 from .choice import Engine
 from .division import run_part, shared_output
 from .estimate import NOT_FORKED, count_processes
@@ -28,6 +25,10 @@ from .ranks import Ranks
 from .report import MergeReport
 from .sealing import seal
 from .streaming import StreamingEngine, on_disk
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,8 @@ def _completed(rows: dict[str, Any], kept: Mapping[str, Any], groups: list[SaveG
 
 
 def _save_adapter(plan: MergePlan, engine: Engine, folder: Path) -> MergeReport:
+    from .adapter_output import AdapterSink, checkpoint_layout, seal_adapter
+
     layout = checkpoint_layout(plan.adapter)
     with OutputFolder(folder, layout, fingerprint(plan, layout, engine.identity)) as output:
         sink = AdapterSink(plan, output.write, output.wants)
@@ -158,5 +161,5 @@ def _save_members(plan: MergePlan, folder: Path, max_shard_size: int | str, num_
 
 def _files(plan: MergePlan, max_shard_size: int | str) -> tuple[list[SaveGroup], CheckpointLayout]:
     """What is written together, and the weight files."""
-    groups = plan_saving(plan.target.converter, plan.target.layout, plan.outputs)
+    groups = plan.target.save_groups(plan.outputs)
     return groups, plan_layout({key: info for group in groups for key, info in group.disk.items()}, max_shard_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections import Counter
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 from safetensors.torch import save
 from torch import Tensor
 
@@ -24,6 +22,7 @@ from ..checkpoints.processors import (
     processor_files,
     refuse_foreign_links,
 )
+from ..checkpoints.records import CONFIG_FILE, GENERATION_FILE
 from ..checkpoints.source import ModelSource
 from ..checkpoints.storage import SAFE_WEIGHTS
 from ..config import CONFIG_NAME, MergeConfig
@@ -47,7 +46,7 @@ def seal(plan: MergePlan, output: OutputFolder, report: MergeReport) -> None:
         report ([`MergeReport`]): Of the run.
     """
     folder = output.partial
-    result_config(plan).save_pretrained(folder)
+    _save_config(plan, folder)
     _save_generation_config(plan, folder)
     for task, head in plan.heads.items():
         source = next(source for source in plan.experts if source.name == task)
@@ -64,7 +63,7 @@ def write_records(
     plan: MergePlan,
     output: OutputFolder,
     report: MergeReport,
-    card: Callable[[MergeConfig, Sequence[str], str], ModelCard],
+    card: Callable[[MergeConfig, Sequence[str], str], str],
 ) -> None:
     """Writes recipe, card and report, and makes the folder appear.
 
@@ -76,7 +75,7 @@ def write_records(
     """
     folder, recipe = output.partial, plan.resolved_recipe()
     (folder / CONFIG_NAME).write_text(recipe.to_json_string(), encoding="utf-8")
-    content = str(card(recipe, list(plan.heads), plan.target.model_class.__name__))
+    content = card(recipe, list(plan.heads), plan.target.description.class_name)
     # Paths may have bytes that are no text in the system's encoding.
     (folder / "README.md").write_text(content, encoding="utf-8", errors="replace")
     (folder / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
@@ -94,13 +93,23 @@ def result_dtype(plan: MergePlan) -> torch.dtype:
 
 def result_config(plan: MergePlan) -> Any:
     """The config of the merged model: the first expert's, with the dtype and ties that the weights really have."""
-    config = copy.deepcopy(plan.target.config)
-    config.dtype = result_dtype(plan)
-    config.architectures = [plan.target.model_class.__name__]
-    untied = set(plan.target.anatomy.ties) & set(plan.outputs)
-    if untied and getattr(config, "tie_word_embeddings", False):
+    config = plan.target.config_for(result_dtype(plan))
+    if _is_untied(plan) and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
     return config
+
+
+def _is_untied(plan: MergePlan) -> bool:
+    """Whether parameters that the config ties have values of their own."""
+    return not plan.outputs.keys().isdisjoint(plan.target.anatomy.ties)
+
+
+def _save_config(plan: MergePlan, folder: Path) -> None:
+    known = None if _is_untied(plan) else plan.target.saved_file(CONFIG_FILE, result_dtype(plan))
+    if known is None:
+        result_config(plan).save_pretrained(folder)
+    else:
+        (folder / CONFIG_FILE).write_text(known, encoding="utf-8")
 
 
 def head_tensors(source: ModelSource, head: Any) -> dict[str, Tensor]:
@@ -115,21 +124,22 @@ def head_tensors(source: ModelSource, head: Any) -> dict[str, Tensor]:
 
 def _save_head(source: ModelSource, tensors: dict[str, Tensor], folder: Path) -> None:
     folder.mkdir(parents=True)
-    config = copy.deepcopy(source.config)
-    config.architectures = [source.model_class.__name__]
-    config.dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), source.dtype)
-    config.save_pretrained(folder)
+    dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), source.dtype)
+    source.config_for(dtype).save_pretrained(folder)
     on_disk = source.converter.to_disk(tensors) if source.live is None else tensors
     content = save({key: value.contiguous() for key, value in on_disk.items()}, metadata={"format": "pt"})
     (folder / SAFE_WEIGHTS).write_bytes(content)
 
 
 def _save_generation_config(plan: MergePlan, folder: Path) -> None:
-    known = plan.target.generation_config
-    if known is None and plan.base is not None:
-        known = plan.base.generation_config
-    if known is not None:
-        known.save_pretrained(folder)
+    for source in (plan.target, plan.base):
+        known = source.saved_file(GENERATION_FILE) if source is not None else None
+        if known is not None:
+            (folder / GENERATION_FILE).write_text(known, encoding="utf-8")
+            return
+        if source is not None and source.generation_config is not None:
+            source.generation_config.save_pretrained(folder)
+            return
 
 
 def processor_source(plan: MergePlan) -> ModelSource | None:
@@ -178,8 +188,7 @@ def _copy_processors(plan: MergePlan, folder: Path) -> None:
     if source is None:
         return
     files = [(source.processor_folder, path) for path in processor_files(source.processor_folder)]
-    has_code = getattr(source.model_class, "_auto_class", None) or getattr(source.config, "auto_map", None)
-    if has_code and source.folder is not None:
+    if source.description.has_code and source.folder is not None:
         code = [path.relative_to(source.folder) for path in sorted(source.folder.glob("*.py"))]
         refuse_foreign_links(source.folder, code)
         files += [(source.folder, path) for path in code]

@@ -10,16 +10,20 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from ..checkpoints.conversion import ConversionGroup, Converter, NameMap
+from ..checkpoints.conversion import Converter
+from ..checkpoints.names import ConversionGroup, NameMap
 from ..checkpoints.source import ModelReference, ModelSource
 from ..checkpoints.storage import TensorInfo
 from ..errors import ConfigError
 from ..modeling.blocks import find_block_lists
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)

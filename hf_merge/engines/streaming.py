@@ -18,15 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers.utils import logging as transformers_logging
 
-from ..checkpoints.conversion import SaveGroup
 from ..checkpoints.memory import empty_tensor
+from ..checkpoints.names import SaveGroup
 from ..checkpoints.shards import ShardWriter
-from ..checkpoints.source import ModelSource
 from ..errors import NonFiniteError
 from ..methods.base import ElementwiseMethod, Step, TensorGroup, TensorMethod, whole
+from ..progress import progress
 from ..registry import get_merge_method
 from .division import divide, gather_report
 from .forks import can_fork, processors
@@ -135,7 +133,7 @@ class StreamingEngine(Pipeline):
         """Whether forks of this process can merge a part of the parameters: in pieces, which need no threads, from files or memory that forks can read, on the CPU."""
         return (
             can_fork()
-            and all(type(source) is ModelSource and source.storage.is_on_cpu for source in self.plan.sources)
+            and all(source.is_as_stored and source.storage.is_on_cpu for source in self.plan.sources)
             and all(self.placement.device_of(name) == CPU for name in self._by_name)
             and all(
                 parameter.action == "copy" or (self._in_pieces(parameter) and not parameter.then)
@@ -337,9 +335,3 @@ def on_disk(plan: MergePlan, group: SaveGroup, merged: Mapping[str, Tensor]) -> 
     if group.is_plain:
         return {next(iter(group.disk)): merged[group.names[0]]}
     return plan.target.converter.to_disk(merged)
-
-
-def progress(total: int, phase: str) -> tqdm:
-    """A progress bar in bytes, hidden when transformers' progress bars are."""
-    hidden = not transformers_logging.is_progress_bar_enabled()
-    return tqdm(total=total, desc=phase, unit="B", unit_scale=True, disable=hidden or None)

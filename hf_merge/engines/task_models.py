@@ -9,20 +9,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from ..checkpoints.source import ModelSource
 from ..data.batching import Batch
 from ..methods.model_base import ModelInputs, TaskModels
 from ..modeling.precision import mixed_precision
 from ..modeling.residency import build_runnable_shell, entries_of, move_buffers
+from ..progress import hides_bars
 from .plan import MergePlan
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 ValueOf = Callable[[str], Tensor | None]
@@ -186,8 +189,7 @@ class LoadedModels(TaskModels):
         return self._on_device(task, self._batches[task][index])
 
     def samples(self, task: int) -> Iterator[ModelInputs]:
-        hidden = not transformers_logging.is_progress_bar_enabled()
-        for sample in tqdm(self._samples[task], desc=f"Samples of {self._experts[task].name}", disable=hidden or None):
+        for sample in tqdm(self._samples[task], desc=f"Samples of {self._experts[task].name}", disable=hides_bars()):
             yield self._on_device(task, sample)
 
     def _on_device(self, task: int, batch: Batch) -> ModelInputs:

@@ -7,19 +7,22 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError, suggest
 from ..low_rank import Factors
 from ..methods.after_base import TaskRouter
 from ..methods.model_outputs import accepted_arguments
 from ..modeling.exclusive import Part, by_layer, dense
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 TWIN_FOLDER = "twin"

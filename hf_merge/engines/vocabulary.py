@@ -28,7 +28,7 @@ from ..checkpoints.tokenizers import (
 )
 from ..config import MergeConfig
 from ..errors import ConfigError, MergeError, suggest
-from ..modeling.vocabulary import map_token_ids, offsets_by_padding, vocabulary_size, with_vocabulary_size
+from ..modeling.vocabulary import map_token_ids, offsets_by_padding, with_vocabulary_size
 from ..tokens import ZERO, TokenRule, parse_token_rules
 from .retokenized import RetokenizedSource, TokenRows
 
@@ -62,7 +62,7 @@ def align_vocabularies(config: MergeConfig, experts: Sequence[ModelSource], base
     """
     unchanged = Alignment(list(experts), base)
     sources = [*experts, *([base] if base is not None else [])]
-    if len({source.config.model_type for source in sources}) > 1:
+    if len({source.description.model_type for source in sources}) > 1:
         return unchanged  # refused elsewhere
     try:
         alignment = _Alignment(config, sources, base)
@@ -115,7 +115,7 @@ class _Alignment:
         first, reference = tables[0]
         same = all(table.keys() == reference.keys() for _, table in tables[1:])
         moved = any(moved_tokens(reference, table) for _, table in tables[1:])
-        sizes = {vocabulary_size(source.config) for source, _ in tables}
+        sizes = {source.description.vocabulary_size for source, _ in tables}
         if same and (moved or len(sizes) > 1):
             self.notes.append(
                 f"the models have the same tokens under other ids: they are merged by token, as in '{first.name}'"
@@ -205,15 +205,15 @@ class _Alignment:
         return size
 
     def _size_of(self, index: int) -> int:
-        return vocabulary_size(self.sources[index].config) or 0
+        return self.sources[index].description.vocabulary_size or 0
 
     # -- where the rows come from ---------------------------------------------------------------------------------
 
     def aligned(self) -> list[ModelSource]:
         """The models under the vocabulary of the result."""
-        if any(not vocabulary_size(source.config) for source in self.sources):
+        if any(not source.description.vocabulary_size for source in self.sources):
             raise ConfigError(
-                f"{self.sources[0].model_class.__name__} has no single vocabulary that tokens could be matched in: leave 'tokenizer', "
+                f"{self.sources[0].description.class_name} has no single vocabulary that tokens could be matched in: leave 'tokenizer', "
                 "'tokens' and 'pad_to_multiple_of' out."
             )
         processors, rows = self.processors, self._rows()

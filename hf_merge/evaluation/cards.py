@@ -40,7 +40,7 @@ def update_card(folder: str | Path, *, force: bool = False) -> Path:
     try:
         if path.is_file() and not force:
             card = combine_cards(path.read_text(encoding="utf-8"), card, path)
-        path.write_text(str(card), encoding="utf-8")
+        path.write_text(card, encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, OutputError):
             raise

@@ -13,13 +13,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
 
-from ..checkpoints.source import open_source
+from ..checkpoints.opening import open_source
 from ..data.batching import Sample, make_batches
 from ..data.labels import IGNORED, read_label
 from ..data.samples import TaskModel
 from ..errors import ConfigError, MergeError
+from ..progress import hides_bars
 from .metrics import as_number, reduce_outputs
 from .results import EvaluationResult, TaskScore
 from .subjects import Subject, evaluating, fitting, load, subject_of
@@ -223,8 +223,7 @@ def _by_function(
 def _batches(model: PreTrainedModel, samples: list[Sample], batch_size: int, name: str) -> Any:
     """Batches on the model's device, floating-point inputs in its dtype."""
     padding = {"labels": IGNORED} | dict.fromkeys(("input_ids", "decoder_input_ids"), _pad_token(model.config))
-    hidden = not transformers_logging.is_progress_bar_enabled()
-    for batch in tqdm(make_batches(samples, batch_size, padding), desc=f"Evaluating {name}", disable=hidden or None):
+    for batch in tqdm(make_batches(samples, batch_size, padding), desc=f"Evaluating {name}", disable=hides_bars()):
         inputs = {key: value.to(model.device) for key, value in batch.inputs.items()}
         yield {
             key: value.to(model.dtype) if value.is_floating_point() and key != "labels" else value

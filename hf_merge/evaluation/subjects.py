@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..auto import AutoMergedModel
-from ..checkpoints.source import ModelSource, open_source
+from ..checkpoints.opening import open_source
+from ..checkpoints.source import ModelSource
 from ..config import CONFIG_NAME, MergeConfig
 from ..data.samples import TaskModel
 from ..engines.calibrated import task_model

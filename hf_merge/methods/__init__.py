@@ -1,148 +1,71 @@
-"""The merge methods: WHAT is computed. One folder per method or close family; importing one registers it."""
+"""The merge methods: WHAT is computed. One folder per method or close family, which registers what it holds when it is imported."""
 
-from .ace import Ace, AceConfig
-from .adamerging import AdaMerging, AdaMergingConfig, AdaMergingPlusPlus, AdaMergingPlusPlusConfig
-from .alignment import GitRebasin, GitRebasinConfig, OtFusion, OtFusionConfig, ZipIt, ZipItConfig
-from .arcee_fusion import ArceeFusion, ArceeFusionConfig
-from .breadcrumbs import Breadcrumbs, BreadcrumbsConfig
-from .concatenation import Cat, CatConfig, Svd, SvdConfig
-from .consensus_ta import ConsensusTa, ConsensusTaConfig
-from .dare import Dare, DareConfig
-from .della import Della, DellaConfig
-from .direct_train import DirectTrain, DirectTrainConfig
-from .distill_merge import DirectDistill, DirectDistillConfig, DistillMerge, DistillMergeConfig
-from .ensemble import Ensemble, EnsembleConfig
-from .fisher import Fisher, FisherConfig
-from .fs_merge import FsMerge, FsMergeConfig, Kd, KdConfig
-from .isotropic import IsoC, IsoCConfig, IsoCts, IsoCtsConfig
-from .karcher import Karcher, KarcherConfig
-from .knots import CoreSpace, CoreSpaceConfig, Knots, KnotsConfig
-from .linear import LinearConfig, LinearMerge
-from .localize_and_stitch import LocalizeAndStitch, LocalizeAndStitchConfig
-from .magmax import MagMax, MagMaxConfig
-from .mats import Mats, MatsConfig
-from .model_stock import ModelStock, ModelStockConfig
-from .moe import Moe, MoeConfig
-from .multislerp import MultiSlerp, MultiSlerpConfig
-from .nearswap import NearSwap, NearSwapConfig
-from .nuslerp import NuSlerp, NuSlerpConfig
-from .passthrough import Passthrough, PassthroughConfig
-from .pcb import Pcb, PcbConfig
-from .prodistill import ProDistill, ProDistillConfig
-from .ram import Ram, RamConfig
-from .regmean import RegMean, RegMeanConfig, RegMeanPlusPlus, RegMeanPlusPlusConfig
-from .sce import Sce, SceConfig
-from .slerp import Slerp, SlerpConfig
-from .surgery import Surgery, SurgeryConfig
-from .svc import Svc, SvcConfig
-from .task_arithmetic import TaskArithmetic, TaskArithmeticConfig
-from .ties import Ties, TiesConfig
-from .tsv_m import TsvM, TsvMConfig
-from .twin import Twin, TwinConfig
-from .wise_ft import WiseFt, WiseFtConfig
-from .wudi import Wudi, WudiConfig, merge_low_rank
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
 
 
-__all__ = [
-    "Ace",
-    "AceConfig",
-    "AdaMerging",
-    "AdaMergingConfig",
-    "AdaMergingPlusPlus",
-    "AdaMergingPlusPlusConfig",
-    "ArceeFusion",
-    "ArceeFusionConfig",
-    "Breadcrumbs",
-    "BreadcrumbsConfig",
-    "Cat",
-    "CatConfig",
-    "ConsensusTa",
-    "ConsensusTaConfig",
-    "CoreSpace",
-    "CoreSpaceConfig",
-    "Dare",
-    "DareConfig",
-    "Della",
-    "DellaConfig",
-    "DirectDistill",
-    "DirectDistillConfig",
-    "DirectTrain",
-    "DirectTrainConfig",
-    "DistillMerge",
-    "DistillMergeConfig",
-    "Ensemble",
-    "EnsembleConfig",
-    "Fisher",
-    "FisherConfig",
-    "FsMerge",
-    "FsMergeConfig",
-    "GitRebasin",
-    "GitRebasinConfig",
-    "IsoC",
-    "IsoCConfig",
-    "IsoCts",
-    "IsoCtsConfig",
-    "Karcher",
-    "KarcherConfig",
-    "Kd",
-    "KdConfig",
-    "Knots",
-    "KnotsConfig",
-    "LinearConfig",
-    "LinearMerge",
-    "LocalizeAndStitch",
-    "LocalizeAndStitchConfig",
-    "MagMax",
-    "MagMaxConfig",
-    "Mats",
-    "MatsConfig",
-    "ModelStock",
-    "ModelStockConfig",
-    "Moe",
-    "MoeConfig",
-    "MultiSlerp",
-    "MultiSlerpConfig",
-    "NearSwap",
-    "NearSwapConfig",
-    "NuSlerp",
-    "NuSlerpConfig",
-    "OtFusion",
-    "OtFusionConfig",
-    "Passthrough",
-    "PassthroughConfig",
-    "Pcb",
-    "PcbConfig",
-    "ProDistill",
-    "ProDistillConfig",
-    "Ram",
-    "RamConfig",
-    "RegMean",
-    "RegMeanConfig",
-    "RegMeanPlusPlus",
-    "RegMeanPlusPlusConfig",
-    "Sce",
-    "SceConfig",
-    "Slerp",
-    "SlerpConfig",
-    "Surgery",
-    "SurgeryConfig",
-    "Svc",
-    "SvcConfig",
-    "Svd",
-    "SvdConfig",
-    "TaskArithmetic",
-    "TaskArithmeticConfig",
-    "Ties",
-    "TiesConfig",
-    "TsvM",
-    "TsvMConfig",
-    "Twin",
-    "TwinConfig",
-    "WiseFt",
-    "WiseFtConfig",
-    "Wudi",
-    "WudiConfig",
-    "ZipIt",
-    "ZipItConfig",
-    "merge_low_rank",
-]
+BUILT_IN = {
+    "ace": "ace",
+    "adamerging": "adamerging",
+    "adamerging_pp": "adamerging",
+    "arcee_fusion": "arcee_fusion",
+    "breadcrumbs": "breadcrumbs",
+    "cat": "concatenation",
+    "consensus_ta": "consensus_ta",
+    "core_space": "knots",
+    "dare": "dare",
+    "della": "della",
+    "direct_distill": "distill_merge",
+    "direct_train": "direct_train",
+    "distill_merge": "distill_merge",
+    "ensemble": "ensemble",
+    "fisher": "fisher",
+    "fs_merge": "fs_merge",
+    "git_rebasin": "alignment",
+    "iso_c": "isotropic",
+    "iso_cts": "isotropic",
+    "karcher": "karcher",
+    "kd": "fs_merge",
+    "knots": "knots",
+    "linear": "linear",
+    "localize_and_stitch": "localize_and_stitch",
+    "magmax": "magmax",
+    "mats": "mats",
+    "model_stock": "model_stock",
+    "moe": "moe",
+    "multislerp": "multislerp",
+    "nearswap": "nearswap",
+    "nuslerp": "nuslerp",
+    "ot_fusion": "alignment",
+    "passthrough": "passthrough",
+    "pcb": "pcb",
+    "prodistill": "prodistill",
+    "ram": "ram",
+    "regmean": "regmean",
+    "regmean_pp": "regmean",
+    "sce": "sce",
+    "slerp": "slerp",
+    "surgery": "surgery",
+    "svc": "svc",
+    "svd": "concatenation",
+    "task_arithmetic": "task_arithmetic",
+    "ties": "ties",
+    "tsv_m": "tsv_m",
+    "twin": "twin",
+    "wise_ft": "wise_ft",
+    "wudi": "wudi",
+    "zipit": "alignment",
+}
+"""Name -> folder of every method of the library."""
+
+
+def load_methods(names: Iterable[str] = BUILT_IN) -> None:
+    """Imports methods, which registers them.
+
+    Args:
+        names (`Iterable[str]`): Of built-in methods; all of them by default.
+    """
+    for name in names:
+        importlib.import_module(f".{BUILT_IN[name]}", __name__)

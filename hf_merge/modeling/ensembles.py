@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 Combine = Callable[[Sequence[Tensor]], Tensor]

@@ -12,16 +12,19 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..errors import UnsupportedModelError
 from .blocks import find_block_lists
 from .shell import output_embeddings
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 CHECK_TOLERANCE = 1e-3

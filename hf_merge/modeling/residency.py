@@ -7,11 +7,15 @@ import ctypes
 import os
 from collections.abc import Callable, Iterable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 Reader = Callable[[str], Tensor | None]

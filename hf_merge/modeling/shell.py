@@ -1,4 +1,4 @@
-"""A model without weights, and what its modules say about each parameter: kind, depth, backbone or head, ties.
+"""A model without weights, and reading off it what `anatomy.py` describes.
 
 The shell is the real transformers class on the meta device. Kinds come from module types, never from names or shapes: an
 embedding table is two-dimensional too.
@@ -6,41 +6,25 @@ embedding table is two-dimensional too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
 from ..kinds import ParameterKind
+from .anatomy import Anatomy, ParameterInfo
 from .blocks import find_block_lists
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.RMSNorm)
-
-
-@dataclass(frozen=True)
-class ParameterInfo:
-    """What the shell says about one entry of the state dict.
-
-    Args:
-        name (`str`): The module name.
-        kind ([`ParameterKind`]): From the type of the owning module.
-        depth (`float`): 0 at the input, 1 at the output of the block stack it belongs to.
-        shape (`tuple[int]`): Its shape under the model's config.
-        is_task_head (`bool`): Outside the backbone and not the output embedding: a classifier and its like.
-    """
-
-    name: str
-    kind: ParameterKind
-    depth: float
-    shape: tuple[int, ...]
-    is_task_head: bool
 
 
 def model_class_of(config: PretrainedConfig, where: str, trust_remote_code: bool = False) -> type[PreTrainedModel]:
@@ -96,74 +80,60 @@ def build_shell(model_class: type[PreTrainedModel], config: PretrainedConfig, dt
         return model_class._from_config(config, dtype=dtype).eval()
 
 
-class Anatomy:
+def read_anatomy(shell: PreTrainedModel) -> Anatomy:
     """What the modules of a shell say about its parameters.
 
     Args:
         shell ([`~transformers.PreTrainedModel`]): A model, usually on the meta device.
     """
+    prefix = shell.base_model_prefix
+    backbone = f"{prefix}." if prefix and isinstance(getattr(shell, prefix, None), nn.Module) else ""
+    return Anatomy(
+        backbone_prefix=backbone,
+        parameters=_parameters(shell, backbone),
+        ties=dict(getattr(shell, "all_tied_weights_keys", None) or {}),
+        absent=list(getattr(shell, "_keys_to_ignore_on_load_missing", None) or []),
+        float32={
+            str(dtype): [pattern.replace("*", ".*") for pattern in shell._get_dtype_plan(dtype)]
+            for dtype in (torch.float16, torch.bfloat16)
+        },
+    )
 
-    def __init__(self, shell: PreTrainedModel):
-        self.shell = shell
-        prefix = shell.base_model_prefix
-        self.backbone_prefix = f"{prefix}." if prefix and isinstance(getattr(shell, prefix, None), nn.Module) else ""
-        output = output_embeddings(shell)
-        self._output_modules = {id(module) for module in ([output] if output is not None else [])}
 
-    @cached_property
-    def parameters(self) -> dict[str, ParameterInfo]:
-        """Every entry of the state dict, tied duplicates included, in the model's own order."""
-        owners = {
-            (f"{path}.{name}" if path else name): (module, name)
-            for path, module in self.shell.named_modules()
-            for name in [*module._parameters, *module._buffers]
-        }
-        depths = self._depths(list(owners))
-        poolers = _poolers(self.shell)
-        infos = {}
-        for name, tensor in self.shell.state_dict(keep_vars=True).items():
-            module, leaf = owners.get(name, (None, name))
-            is_output = id(module) in self._output_modules
-            outside = bool(self.backbone_prefix) and not name.startswith(self.backbone_prefix)
-            is_readout = outside or is_output or name.startswith(poolers)
-            kind = ParameterKind.HEAD if is_readout else _kind(module, leaf, tensor)
-            if not isinstance(tensor, nn.Parameter):
-                kind = ParameterKind.BUFFER
-            infos[name] = ParameterInfo(
-                name, kind, depths.get(name, 0.0), tuple(tensor.shape), outside and not is_output
-            )
-        return infos
+def _parameters(shell: PreTrainedModel, backbone: str) -> dict[str, ParameterInfo]:
+    owners = {
+        (f"{path}.{name}" if path else name): (module, name)
+        for path, module in shell.named_modules()
+        for name in [*module._parameters, *module._buffers]
+    }
+    depths, poolers, output = _depths(shell, list(owners)), _poolers(shell), output_embeddings(shell)
+    infos = {}
+    for name, tensor in shell.state_dict(keep_vars=True).items():
+        module, leaf = owners.get(name, (None, name))
+        is_output = output is not None and module is output
+        outside = bool(backbone) and not name.startswith(backbone)
+        is_readout = outside or is_output or name.startswith(poolers)
+        kind = ParameterKind.HEAD if is_readout else _kind(module, leaf, tensor)
+        if not isinstance(tensor, nn.Parameter):
+            kind = ParameterKind.BUFFER
+        infos[name] = ParameterInfo(name, kind, depths.get(name, 0.0), tuple(tensor.shape), outside and not is_output)
+    return infos
 
-    def canonical(self, name: str) -> str:
-        """The name under which parameters of different classes over one backbone meet: `bert.x` and `x` are the same."""
-        if self.backbone_prefix:
-            return name[len(self.backbone_prefix) :] if name.startswith(self.backbone_prefix) else f"<head>.{name}"
-        return name
 
-    @cached_property
-    def by_canonical(self) -> dict[str, str]:
-        """Canonical name -> module name, for every entry of the state dict."""
-        return {self.canonical(name): name for name in self.parameters}
-
-    @cached_property
-    def ties(self) -> dict[str, str]:
-        """Tied parameters by the config: target name -> source name."""
-        return dict(getattr(self.shell, "all_tied_weights_keys", None) or {})
-
-    def _depths(self, names: list[str]) -> dict[str, float]:
-        lists = find_block_lists(self.shell)
-        seen: set[str] = set()
-        depths = {}
-        for name in names:
-            owner = next((path for path in lists if name.startswith(f"{path}.")), None)
-            if owner is not None:
-                seen.add(owner)
-                index, count = int(name[len(owner) + 1 :].split(".", 1)[0]), len(lists[owner])
-                depths[name] = index / (count - 1) if count > 1 else 0.0
-            else:
-                near = [path for path in lists if name.startswith(path.rpartition(".")[0] + ".")] or list(lists)
-                depths[name] = 1.0 if any(path in seen for path in near) else 0.0
-        return depths
+def _depths(shell: PreTrainedModel, names: list[str]) -> dict[str, float]:
+    lists = find_block_lists(shell)
+    seen: set[str] = set()
+    depths = {}
+    for name in names:
+        owner = next((path for path in lists if name.startswith(f"{path}.")), None)
+        if owner is not None:
+            seen.add(owner)
+            index, count = int(name[len(owner) + 1 :].split(".", 1)[0]), len(lists[owner])
+            depths[name] = index / (count - 1) if count > 1 else 0.0
+        else:
+            near = [path for path in lists if name.startswith(path.rpartition(".")[0] + ".")] or list(lists)
+            depths[name] = 1.0 if any(path in seen for path in near) else 0.0
+    return depths
 
 
 def _poolers(shell: PreTrainedModel) -> tuple[str, ...]:

@@ -7,12 +7,13 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
 
-from .shell import build_shell
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 _TOKEN_IDS = re.compile(r"(_token_ids?|_token_index|_token_indices|suppress_tokens)$")
@@ -50,6 +51,8 @@ def vocabulary_axes(shell: PreTrainedModel) -> dict[str, int]:
     Args:
         shell ([`~transformers.PreTrainedModel`]): The model, usually on the meta device.
     """
+    from .shell import build_shell
+
     size, step = vocabulary_size(shell.config), 64
     if size is None:
         return {}
@@ -95,6 +98,8 @@ def map_token_ids(config: Any, change: Callable[[int], int | None], fallback: An
 
 
 def _parts(config: Any) -> Iterator[Any]:
+    from transformers import PretrainedConfig
+
     yield config
     for name in getattr(config, "sub_configs", None) or ():
         part = getattr(config, name, None)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ..checkpoints.source import open_source
+from ..checkpoints.opening import open_source
 from ..errors import UnsupportedModelError
 
 

@@ -16,7 +16,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 
 from hf_merge import CatConfig, MergeError, Merger, PlanError, UnsupportedModelError
-from hf_merge.adapters.opening import _is_adapter_repository
+from hf_merge.adapters.detection import is_adapter_repository
 from hf_merge.adapters.source import ConfigOnlySource, dequantized
 from hf_merge.errors import NonFiniteError
 from tests.vocabularies import ENGLISH, GERMAN, save_llama, train_bpe
@@ -151,16 +151,16 @@ def test_the_cache_is_asked_before_the_hub(tmp_path: Path, monkeypatch: pytest.M
     asked, cache = [], tmp_path / "cache"
     monkeypatch.setattr(huggingface_hub, "file_exists", unreachable)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    assert not _is_adapter_repository("me/model", {"cache_dir": cache})
+    assert not is_adapter_repository("me/model", {"cache_dir": cache})
     assert len(asked) == 1
-    assert not _is_adapter_repository("me/model", {"cache_dir": cache, "local_files_only": True})
+    assert not is_adapter_repository("me/model", {"cache_dir": cache, "local_files_only": True})
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert not _is_adapter_repository("me/model", {"cache_dir": cache})
+    assert not is_adapter_repository("me/model", {"cache_dir": cache})
     repository = cache / "models--me--model"
     for path, text in (("refs/main", "c0ffee"), ("snapshots/c0ffee/adapter_config.json", "{}")):
         (repository / path).parent.mkdir(parents=True)
         (repository / path).write_text(text)
-    assert _is_adapter_repository("me/model", {"cache_dir": cache})
+    assert is_adapter_repository("me/model", {"cache_dir": cache})
     assert len(asked) == 1
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_merge import DareConfig, LinearConfig, MergeConfig, Merger, MoeConfig, TiesConfig, TsvMConfig, WudiConfig
 from hf_merge.checkpoints import shards
-from hf_merge.checkpoints.conversion import SaveGroup, plan_saving
+from hf_merge.checkpoints.names import SaveGroup
 from hf_merge.engines import estimate, pipeline, transfer
 from hf_merge.engines.placement import CPU, Placement, balance
 from hf_merge.engines.transfer import Transfer
@@ -307,7 +307,7 @@ def test_memory_of_every_device_is_estimated(bed: Bed, monkeypatch):
     pretend(monkeypatch, 2)
     monkeypatch.setattr(estimate, "process_memory", lambda: 0)
     plan = Merger.from_pretrained(bed.experts, LinearConfig(), base_model=bed.base).plan
-    groups = plan_saving(plan.target.converter, plan.target.layout, plan.outputs)
+    groups = plan.target.save_groups(plan.outputs)
     found = estimate.streaming_memory(plan, Placement("auto"), groups)
     assert set(found) == {"cpu", "cuda:0", "cuda:1"}
     placement = Placement("auto").over(plan, groups)

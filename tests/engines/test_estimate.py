@@ -30,7 +30,7 @@ from hf_merge import (
     WudiConfig,
     available_merge_methods,
 )
-from hf_merge.checkpoints.conversion import Converter, plan_saving
+from hf_merge.checkpoints.conversion import Converter
 from hf_merge.checkpoints.storage import SafetensorsStorage
 from hf_merge.data.calibration import TaskSamples
 from hf_merge.engines import estimate as estimates
@@ -72,7 +72,7 @@ def merger_of(bed, config, **kwargs) -> Merger:
 
 def streaming(merger: Merger, placement: Placement | None = None) -> dict[str, int]:
     plan = merger.plan
-    groups = plan_saving(plan.target.converter, plan.target.layout, plan.outputs)
+    groups = plan.target.save_groups(plan.outputs)
     return estimates.streaming_memory(plan, placement or Placement(), groups)
 
 

@@ -29,8 +29,8 @@ from safetensors import safe_open
 
 from hf_merge import MergeConfig, MergeError, Merger, TiesConfig
 from hf_merge.adapters.opening import find_adapter
+from hf_merge.checkpoints.opening import load_config, load_generation_config
 from hf_merge.checkpoints.processors import chat_template_of, processor_files, vocabulary_of
-from hf_merge.checkpoints.source import load_config, load_generation_config
 from hf_merge.checkpoints.storage import SafetensorsStorage, open_storage
 from hf_merge.cli_recipes import build_config
 from hf_merge.engines.opening import Opening, base_of_card
