@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import shutil
@@ -13,8 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["HF_MERGE_CACHE"] = _cache = tempfile.mkdtemp(prefix="hf_merge_cache_")  # of processes that tests start
-atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ["HF_MERGE_CACHE"] = tempfile.mkdtemp(prefix="hf_merge_cache_")  # of processes that tests start
 
 import pytest
 import torch
@@ -36,3 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     transformers.logging.add_handler(DeprecationsAreErrors())
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_MERGE_CACHE"], ignore_errors=True)
