@@ -17,6 +17,7 @@ from torch import uint8 as torch_uint8
 
 from ..errors import OutputError
 from .layout import CheckpointLayout, ShardLayout
+from .memory import empty_tensor
 
 
 _STOPPED = "stopped"
@@ -82,10 +83,29 @@ class ShardWriter:
         shard = self.layout.shard_of[key]
         if not self._is_wanted(shard):
             return
+        info = shard.infos[key]
+        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+            raise OutputError(
+                f"'{key}' is {tuple(tensor.shape)} {tensor.dtype}, planned was {info.shape} {info.dtype}."
+            )
+        self.fill_part(key, tensor.reshape(-1), 0)
+
+    def fill_part(self, key: str, entries: Tensor, start: int) -> None:
+        """[`~ShardWriter.fill`] with some entries of a tensor, flat, from one on."""
+        shard = self.layout.shard_of[key]
+        if not self._is_wanted(shard):
+            return
         if self._elsewhere and (self.partial / _STOPPED).exists():
             raise StoppedError(f"The merge into '{self.folder}' was stopped by another process.")
         try:
-            self._file(shard).write(key, tensor)
+            self._file(shard).write(key, entries, start)
+        except OSError as error:
+            raise output_error(self.folder, error) from error
+
+    def filled_part(self, key: str, start: int, count: int) -> Tensor:
+        """Entries that were filled in, flat, in a new tensor."""
+        try:
+            return self._file(self.layout.shard_of[key]).read(key, start, count)
         except OSError as error:
             raise output_error(self.folder, error) from error
 
@@ -144,17 +164,31 @@ class _ShardFile:
             os.posix_fallocate(self._file.fileno(), 0, shard.nbytes)
         self._write(memoryview(shard.header))
 
-    def write(self, key: str, tensor: Tensor) -> None:
+    def write(self, key: str, entries: Tensor, start: int) -> None:
+        """Writes entries of a tensor, flat, from one on."""
         info = self.shard.infos[key]
-        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+        if entries.dtype != info.dtype or start + len(entries) > info.numel:
             raise OutputError(
-                f"'{key}' is {tuple(tensor.shape)} {tensor.dtype}, planned was {info.shape} {info.dtype}."
+                f"'{key}' gets {len(entries)} entries of {entries.dtype} at {start}, planned was {info.shape} {info.dtype}."
             )
-        data = (
-            memoryview(tensor.contiguous().reshape(-1).view(torch_uint8).numpy()) if info.nbytes else memoryview(b"")
-        )
-        self._file.seek(len(self.shard.header) + self.shard.offsets[key])
-        self._write(data)
+        self._seek(key, start)
+        self._write(_bytes(entries.contiguous()))
+
+    def read(self, key: str, start: int, count: int) -> Tensor:
+        """Reads entries of a tensor that were written."""
+        entries = empty_tensor((count,), self.shard.infos[key].dtype)
+        self._seek(key, start)
+        data = _bytes(entries)
+        while len(data):
+            done = self._file.readinto(data)
+            if not done:
+                raise OSError(errno.EIO, f"'{self.path}' was truncated")
+            data = data[done:]
+        return entries
+
+    def _seek(self, key: str, start: int) -> None:
+        position = len(self.shard.header) + self.shard.offsets[key]
+        self._file.seek(position + start * self.shard.infos[key].dtype.itemsize)
 
     def _write(self, data: memoryview) -> None:
         while len(data):
@@ -167,6 +201,10 @@ class _ShardFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _bytes(flat: Tensor) -> memoryview:
+    return memoryview(flat.view(torch_uint8).numpy()) if len(flat) else memoryview(b"")
 
 
 def is_finished(path: Path, shard: ShardLayout) -> bool:

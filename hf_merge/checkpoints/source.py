@@ -24,6 +24,7 @@ from ..modeling.vocabulary import vocabulary_axes
 from .conversion import ConversionGroup, Converter, NameMap
 from .processors import processor_files, vocabulary_of
 from .storage import StateDictStorage, Storage, TensorInfo, open_storage
+from .stored import StoredTensor
 
 
 # What constructors of models raise on values that make no sense together.
@@ -231,6 +232,12 @@ class ModelSource:
             if name not in self._cache.get(key, {}):
                 self._cache = {key: self.converter.to_module(group, self.storage.read)}
             return self._cache[key].pop(name)
+
+    def stored(self, name: str) -> StoredTensor | None:
+        """Parameter `name` where it is, for reading it in parts; `None` where only [`~ModelSource.read`] makes it."""
+        group = self._group_of.get(name)
+        is_plain = type(self) is ModelSource and group is not None and not group.patterns
+        return self.storage.stored(group.sources[0]) if is_plain else None
 
 
 def open_source(

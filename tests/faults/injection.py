@@ -58,6 +58,7 @@ class Disk:
         sys.addaudithook(self._audit)
         output_module.open = self._opener(CHANGE)
         input_module.open = self._opener(READ)
+        os.preadv = self._meeting(os.preadv)
         os.fsync = lambda descriptor: self.meet(CHANGE)  # the system survives, and writes what the process wrote
 
     def meet(self, kind: str) -> None:
@@ -87,6 +88,13 @@ class Disk:
             return
         if isinstance(place, (str, os.PathLike)) and os.fspath(place).startswith(self._prefix):
             self.meet(kind)
+
+    def _meeting(self, read: Callable) -> Callable:
+        def met(*arguments) -> int:
+            self.meet(READ)
+            return read(*arguments)
+
+        return met
 
     def _opener(self, kind: str) -> Callable:
         meet = self.meet
