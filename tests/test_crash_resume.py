@@ -210,11 +210,11 @@ from hf_merge.checkpoints.folder import OutputFolder
 from hf_merge.cli import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
-write, left = OutputFolder.write, int(sys.argv.pop(1))
+complete, left = OutputFolder.complete, int(sys.argv.pop(1))
 
 def interrupted(*given):
     global left
-    write(*given)
+    complete(*given)
     while left:
         left -= 1
         handler = signal.getsignal(signal.SIGINT)
@@ -222,7 +222,7 @@ def interrupted(*given):
         while signal.getsignal(signal.SIGINT) is handler:
             time.sleep(0.001)
 
-OutputFolder.write = interrupted
+OutputFolder.complete = interrupted
 main()
 """
 

@@ -17,6 +17,7 @@ from torch import uint8 as torch_uint8
 
 from ..errors import OutputError
 from .layout import CheckpointLayout, ShardLayout
+from .memory import empty_tensor
 
 
 _STOPPED = "stopped"
@@ -82,10 +83,29 @@ class ShardWriter:
         shard = self.layout.shard_of[key]
         if not self._is_wanted(shard):
             return
+        info = shard.infos[key]
+        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+            raise OutputError(
+                f"'{key}' is {tuple(tensor.shape)} {tensor.dtype}, planned was {info.shape} {info.dtype}."
+            )
+        self.fill_part(key, tensor.reshape(-1), 0)
+
+    def fill_part(self, key: str, entries: Tensor, start: int) -> None:
+        """[`~ShardWriter.fill`] with some entries of a tensor, flat, from one on."""
+        shard = self.layout.shard_of[key]
+        if not self._is_wanted(shard):
+            return
         if self._elsewhere and (self.partial / _STOPPED).exists():
             raise StoppedError(f"The merge into '{self.folder}' was stopped by another process.")
         try:
-            self._file(shard).write(key, tensor)
+            self._file(shard).write(key, entries, start)
+        except OSError as error:
+            raise output_error(self.folder, error) from error
+
+    def filled_part(self, key: str, start: int, count: int) -> Tensor:
+        """Entries that were filled in, flat, in a new tensor."""
+        try:
+            return self._file(self.layout.shard_of[key]).read(key, start, count)
         except OSError as error:
             raise output_error(self.folder, error) from error
 
@@ -137,28 +157,58 @@ class _ShardFile:
         self.path = folder / f"{shard.filename}.{mark}.writing"
         self.target = folder / shard.filename
         self.missing = set(shard.infos)
+        self._seeking = threading.Lock()
         # Another process may have made it.
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         self._file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115  closed by finish() or close()
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self._file.fileno(), 0, shard.nbytes)
-        self._write(memoryview(shard.header))
+        self._write(memoryview(shard.header), 0)
 
-    def write(self, key: str, tensor: Tensor) -> None:
+    def write(self, key: str, entries: Tensor, start: int) -> None:
+        """Writes entries of a tensor, flat, from one on."""
         info = self.shard.infos[key]
-        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+        if entries.dtype != info.dtype or start + len(entries) > info.numel:
             raise OutputError(
-                f"'{key}' is {tuple(tensor.shape)} {tensor.dtype}, planned was {info.shape} {info.dtype}."
+                f"'{key}' gets {len(entries)} entries of {entries.dtype} at {start}, planned was {info.shape} {info.dtype}."
             )
-        data = (
-            memoryview(tensor.contiguous().reshape(-1).view(torch_uint8).numpy()) if info.nbytes else memoryview(b"")
-        )
-        self._file.seek(len(self.shard.header) + self.shard.offsets[key])
-        self._write(data)
+        self._write(_bytes(entries.contiguous()), self._position(key, start))
 
-    def _write(self, data: memoryview) -> None:
+    def read(self, key: str, start: int, count: int) -> Tensor:
+        """Reads entries of a tensor that were written."""
+        entries = empty_tensor((count,), self.shard.infos[key].dtype)
+        data, position = _bytes(entries), self._position(key, start)
         while len(data):
-            data = data[self._file.write(data) :]
+            done = self._read_some(data, position)
+            if not done:
+                raise OSError(errno.EIO, f"'{self.path}' was truncated")
+            data, position = data[done:], position + done
+        return entries
+
+    def _position(self, key: str, start: int) -> int:
+        return len(self.shard.header) + self.shard.offsets[key] + start * self.shard.infos[key].dtype.itemsize
+
+    def _write(self, data: memoryview, position: int) -> None:
+        while len(data):
+            done = self._write_some(data, position)
+            data, position = data[done:], position + done
+
+    # Threads and forks share the descriptor, and with it the place that a seek leaves it at: where the system has reads and writes with
+    # positions, these; where it has none, there are no forks either, and a lock is enough.
+
+    def _write_some(self, data: memoryview, position: int) -> int:
+        if hasattr(os, "pwrite"):
+            return os.pwrite(self._file.fileno(), data, position)
+        with self._seeking:
+            self._file.seek(position)
+            return self._file.write(data)
+
+    def _read_some(self, data: memoryview, position: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [data], position)
+        with self._seeking:
+            self._file.seek(position)
+            return self._file.readinto(data)
 
     def finish(self) -> None:
         os.fsync(self._file.fileno())
@@ -167,6 +217,10 @@ class _ShardFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _bytes(flat: Tensor) -> memoryview:
+    return memoryview(flat.view(torch_uint8).numpy()) if len(flat) else memoryview(b"")
 
 
 def is_finished(path: Path, shard: ShardLayout) -> bool:

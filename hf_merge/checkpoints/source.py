@@ -22,6 +22,7 @@ from .description import Description
 from .names import ConversionGroup, NameMap, SaveGroup
 from .processors import processor_files, vocabulary_of
 from .storage import Storage, TensorInfo
+from .stored import StoredTensor
 
 
 if TYPE_CHECKING:
@@ -294,3 +295,9 @@ class ModelSource:
             if name not in self._cache.get(key, {}):
                 self._cache = {key: self.converter.to_module(group, self.storage.read)}
             return self._cache[key].pop(name)
+
+    def stored(self, name: str) -> StoredTensor | None:
+        """Parameter `name` where it is, for reading it in parts; `None` where only [`~ModelSource.read`] makes it."""
+        group = self._group_of.get(name)
+        is_plain = self.is_as_stored and group is not None and not group.patterns
+        return self.storage.stored(group.sources[0]) if is_plain else None

@@ -14,6 +14,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .memory import empty_tensor
+from .stored import CAN_READ_PARTS, StoredFile, StoredTensor
 
 
 SAFE_WEIGHTS, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -76,6 +78,10 @@ class Storage:
         """The tensor `key` in its stored dtype, on the CPU. The caller must not change it."""
         raise NotImplementedError(f"{type(self).__name__} does not implement read")
 
+    def stored(self, key: str) -> StoredTensor | None:
+        """The tensor `key` where it is, for reading it in parts; `None` where only [`~Storage.read`] reads."""
+        return None
+
     def fingerprint(self) -> list[Any]:
         """What identifies the stored bytes cheaply (names and [`FileState`]s of the files), for resuming a merge."""
         return []
@@ -96,9 +102,11 @@ class FileState:
         found = os.stat(file)
         return cls(found.st_size, found.st_mtime_ns, found.st_ino, found.st_ctime_ns)
 
-    def has_content_of(self, other: FileState) -> bool:
-        """Whether nothing was written in between. Links and permissions may have changed, which `changed` tells of too."""
-        return (self.size, self.modified, self.inode) == (other.size, other.modified, other.inode)
+    def is_content_of(self, file: Path | int) -> bool:
+        """Whether nothing was written to a path or a descriptor since. Links and permissions may have changed, which `changed` tells of
+        too."""
+        found = os.stat(file)
+        return (self.size, self.modified, self.inode) == (found.st_size, found.st_mtime_ns, found.st_ino)
 
 
 class FileStorage(Storage):
@@ -121,7 +129,7 @@ class FileStorage(Storage):
 
     def _check_unchanged(self, path: Path, file: Path | int) -> None:
         """Raises [`CheckpointError`] unless `path` still has the content that it was opened with."""
-        if not FileState.of(file).has_content_of(self._states[path]):
+        if not self._states[path].is_content_of(file):
             raise CheckpointError(
                 f"'{path}' was changed after it was opened: what was read of it does not fit together. Run the merge again when "
                 "nothing writes to it."
@@ -196,6 +204,13 @@ class SafetensorsStorage(FileStorage):
         except (OSError, EOFError) as error:
             raise CheckpointError(f"Cannot read '{key}' from '{span.path}': {error}.") from error
         return tensor
+
+    def stored(self, key: str) -> StoredTensor | None:
+        if not CAN_READ_PARTS:
+            return None
+        span = self.spans[key]
+        file = StoredFile(span.path, partial(self._check_unchanged, span.path))
+        return StoredTensor(file, key, span.start, torch.Size(span.info.shape), span.info.dtype)
 
 
 def _read_into(file: Any, target: memoryview, start: int) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from ..checkpoints.names import SaveGroup
-from ..checkpoints.source import ModelSource
 from ..checkpoints.storage import StateDictStorage
 from ..methods.base import FLOAT32, ElementwiseMethod, TensorMethod
 from ..methods.groups import LARGE_PIECE
@@ -22,6 +21,7 @@ from .forks import MOST_PROCESSES, free_memory, processors
 from .pipeline import READ_AHEAD
 from .placement import CPU, Placement
 from .plan import MergePlan, PlannedParameter
+from .reading import is_filled, sources_of, stays_in_files
 from .report import process_memory
 from .transfer import STAGED, copies_ahead
 
@@ -129,17 +129,6 @@ def surveys(parameter: PlannedParameter) -> int:
     return method().rounds(parameter.settings)
 
 
-def sources_of(plan: MergePlan, parameter: PlannedParameter) -> list[tuple[ModelSource, str]]:
-    """What is read for a parameter: models and their names for it."""
-    if parameter.action == "copy" and parameter.copy_from == "base":
-        return [(plan.base, parameter.base)]
-    if parameter.action == "copy":
-        index = next(i for i, source in enumerate(plan.experts) if source.name == parameter.copy_from)
-        return [(plan.experts[index], parameter.experts[index if len(parameter.experts) > 1 else 0])]
-    found = list(zip(plan.experts, parameter.experts, strict=True))
-    return found + ([(plan.base, parameter.base)] if parameter.base is not None else [])
-
-
 def stored_bytes(plan: MergePlan, parameter: PlannedParameter) -> int:
     """Bytes of the stored tensors of a parameter."""
     return sum(source.parameters[name].nbytes for source, name in sources_of(plan, parameter))
@@ -152,6 +141,11 @@ def loaded_bytes(plan: MergePlan, parameter: PlannedParameter) -> int:
         for source, name in sources_of(plan, parameter)
         if not isinstance(source.storage, StateDictStorage) or source.is_adapter
     )
+
+
+def read_bytes(plan: MergePlan, parameter: PlannedParameter, device: torch.device) -> int:
+    """The same without what is read in pieces while it is merged on a device, which the working memory has."""
+    return 0 if stays_in_files(plan, parameter, device) else loaded_bytes(plan, parameter)
 
 
 def working_memory(plan: MergePlan, parameter: PlannedParameter, on_cpu: bool = True) -> int:
@@ -213,19 +207,23 @@ def _timeline(
     stored and as a result, what the method holds, the groups that are read or copied ahead, and the result before, which is being
     written."""
     by_name = {parameter.name: parameter for parameter in plan.parameters}
-    results = [sum(by_name[name].info.nbytes for name in group.names) for group in groups]
+    written = [sum(by_name[name].info.nbytes for name in group.names) for group in groups]
+    results = [
+        0 if is_filled(plan, [by_name[name] for name in group.names], group.is_plain, device) else nbytes
+        for group, nbytes in zip(groups, written, strict=True)
+    ]
     parts: list[list[int]] = [[] for _ in range(num_proc)]
     clocks = [0] * num_proc
     starts = []
-    for index, result in enumerate(results):
+    for index, result in enumerate(written):
         process = clocks.index(min(clocks))  # the one that asks first
         parts[process].append(index)
         starts.append(clocks[process])
         clocks[process] += result
     ahead = int(copies_ahead(device))
     for process, part in enumerate(parts):
-        loaded = [sum(loaded_bytes(plan, by_name[name]) for name in groups[index].names) for index in part]
-        read = _read_by_then([results[index] * len(plan.sources) for index in part], ahead, READ_AHEAD // num_proc)
+        loaded = [sum(read_bytes(plan, by_name[name], device) for name in groups[index].names) for index in part]
+        read = _read_by_then([written[index] * len(plan.sources) for index in part], ahead, READ_AHEAD // num_proc)
         there = [
             _on_device(plan, placement, device, [by_name[name] for name in groups[index].names]) for index in part
         ]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -22,7 +23,9 @@ from ..methods.groups import TensorGroup
 from .forks import run_forked
 from .placement import CPU, Placement
 from .plan import MergePlan, PlannedParameter
+from .reading import stays_in_files
 from .report import MergeReport, peak_memory_bytes, process_memory
+from .results import PartSink
 from .transfer import Transfer, copies_ahead
 from .workers import one_ahead, read_ahead, run_together
 
@@ -34,6 +37,10 @@ logger = logging.getLogger(__name__)
 READ_AHEAD = 2**26
 """How many bytes of stored tensors are read ahead of the groups being merged, for each device, by all processes of a merge together; each
 reads at least one group ahead."""
+
+
+_SHARES = 16
+"""A parameter that is more than one of so many shares of what each process merges is large."""
 
 
 class Sink(Protocol):
@@ -62,6 +69,15 @@ class _Filler:
 
     def write(self, key: str, tensor: Tensor) -> None:
         self.shards.fill(key, tensor)
+
+    def fill_part(self, key: str, entries: Tensor, start: int) -> None:
+        self.shards.fill_part(key, entries, start)
+
+    def filled_part(self, key: str, start: int, count: int) -> Tensor:
+        return self.shards.filled_part(key, start, count)
+
+    def complete(self, key: str) -> None:
+        """Left to the process that this one is a fork of."""
 
 
 @dataclass
@@ -113,6 +129,20 @@ class Pipeline(ABC):
     ) -> None:
         """Writes the merged parameters of a group and tells of each tensor."""
 
+    def _fills(self, group: SaveGroup) -> bool:
+        """Whether the parameter of a group is written piece by piece while it is merged, by [`~Pipeline._fill`]."""
+        return False
+
+    def _fill(self, group: SaveGroup, loaded: Mapping[str, Loaded], sink: PartSink) -> None:
+        """Merges the parameter of a group into its place in a file."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement _fill")
+
+    def _complete(self, group: SaveGroup, sink: ShardWriter | _Filler, tell: Callable[[Written], Any]) -> None:
+        """Tells that the parameter of a group is in its place."""
+        (key,) = group.disk
+        sink.complete(key)
+        tell(Written(key, {name: self.report.parameters[name] for name in group.names}))
+
     @abstractmethod
     def _noticed(self) -> dict[str, Any]:
         """What methods noticed, see [`TensorMethod.noticed`]."""
@@ -128,33 +158,42 @@ class Pipeline(ABC):
     ) -> None:
         """Merges the groups of every device, writes their tensors and tells of each that is written."""
         with ThreadPoolExecutor(1, "hf_merge-write") as writer:
-
-            def write(group: SaveGroup, merged: Mapping[str, Tensor]) -> Future:
-                return writer.submit(self._write, group, merged, sink, tell)
-
-            run_together([partial(self._merge_part, device, part, write) for device, part in parts.items()])
+            run_together(
+                [partial(self._merge_part, device, part, sink, tell, writer) for device, part in parts.items()]
+            )
         self.report.peak_memory_bytes = peak_memory_bytes()
 
     def _merge_part(
         self,
         device: torch.device,
         groups: Iterable[SaveGroup],
-        write: Callable[[SaveGroup, Mapping[str, Tensor]], Future],
+        sink: Sink,
+        tell: Callable[[Written], Any],
+        writer: ThreadPoolExecutor,
         stop: threading.Event,
     ) -> None:
-        """Merges the groups of one device until something else fails; one result at a time waits to be written."""
-        writing: Future | None = None
+        """Merges the groups of one device until something else fails; one result at a time waits to be written. What is written while
+        it is merged leaves to the writer what may take long, the end of a file."""
+        takes_parts = isinstance(sink, (ShardWriter, _Filler))
+        writing: deque[Future] = deque()
         with closing(self._on_their_way(device, groups)) as arriving:
             for group, loaded in arriving:
                 if stop.is_set():
                     return
-                merged = {name: self.finish(self._by_name[name], tensors) for name, tensors in loaded.items()}
+                fills = takes_parts and self._fills(group)
+                if fills:
+                    self._fill(group, loaded, sink)
+                else:
+                    merged = {name: self.finish(self._by_name[name], tensors) for name, tensors in loaded.items()}
                 del loaded  # before the next ones are read
-                if writing is not None:
-                    writing.result()
-                writing = write(group, merged)
-        if writing is not None:
-            writing.result()
+                while writing and (writing[0].done() or not fills):
+                    writing.popleft().result()
+                if fills:
+                    writing.append(writer.submit(self._complete, group, sink, tell))
+                else:
+                    writing.append(writer.submit(self._write, group, merged, sink, tell))
+        while writing:
+            writing.popleft().result()
 
     # -- several processes ----------------------------------------------------------------------------------------
 
@@ -172,10 +211,17 @@ class Pipeline(ABC):
             tell(written)
 
         rows = self.report.parameters
-        _, *others = run_forked(min(self.num_proc, len(groups)), groups, work, told)
+        _, *others = run_forked(min(self.num_proc, len(groups)), self._in_turn(groups), work, told)
         for noticed, grown in others:
             self._notice(noticed)
             self.report.peak_memory_bytes += grown
+
+    def _in_turn(self, groups: list[SaveGroup]) -> list[SaveGroup]:
+        """The groups in the order in which they are given out: first what would leave the other processes waiting, were it the last."""
+        sizes = [sum(info.nbytes for info in group.disk.values()) for group in groups]
+        limit = sum(sizes) // (_SHARES * self.num_proc)
+        large = [group for group, nbytes in zip(groups, sizes, strict=True) if nbytes > limit]
+        return large + [group for group, nbytes in zip(groups, sizes, strict=True) if nbytes <= limit]
 
     # -- reading and copying --------------------------------------------------------------------------------------
 
@@ -199,6 +245,8 @@ class Pipeline(ABC):
             yield group, loaded
 
     def _read_ahead(self, groups: Iterable[SaveGroup]) -> Generator[tuple[SaveGroup, dict[str, Loaded]], None, None]:
+        if all(stays_in_files(self.plan, one, self._device_of(one.name)) for one in self.plan.parameters):
+            return ((group, self._read_group(group)) for group in groups)  # which reads nothing yet
         return read_ahead(groups, self._read_group, self._stored_bytes, READ_AHEAD // self.num_proc)
 
     def _stored_bytes(self, group: SaveGroup) -> int:

@@ -23,7 +23,7 @@ from ..checkpoints.memory import empty_tensor
 from ..checkpoints.names import SaveGroup
 from ..checkpoints.shards import ShardWriter
 from ..errors import NonFiniteError
-from ..methods.base import ElementwiseMethod, Step, TensorGroup, TensorMethod, whole
+from ..methods.base import Step, TensorGroup, TensorMethod, mean_steps, whole
 from ..progress import progress
 from ..registry import get_merge_method
 from .division import divide, gather_report
@@ -34,7 +34,9 @@ from .pipeline import Loaded, Pipeline, Sink, Written
 from .placement import CPU, Placement
 from .plan import MergePlan, PlannedParameter
 from .ranks import Ranks
+from .reading import in_pieces, is_filled, sources_of, stays_in_files
 from .report import MergeReport, peak_memory_bytes
+from .results import FiledResult, HeldResult, PartSink, Result
 
 
 logger = logging.getLogger(__name__)
@@ -136,7 +138,7 @@ class StreamingEngine(Pipeline):
             and all(source.is_as_stored and source.storage.is_on_cpu for source in self.plan.sources)
             and all(self.placement.device_of(name) == CPU for name in self._by_name)
             and all(
-                parameter.action == "copy" or (self._in_pieces(parameter) and not parameter.then)
+                parameter.action == "copy" or (in_pieces(parameter) and not parameter.then)
                 for parameter in self.plan.parameters
             )
         )
@@ -144,16 +146,13 @@ class StreamingEngine(Pipeline):
     # -- reading --------------------------------------------------------------------------------------------------
 
     def read(self, parameter: PlannedParameter) -> Loaded:
-        """The stored tensors of a parameter, in the order of the experts."""
-        base = self.plan.base
-        if parameter.action == "copy":
-            if parameter.copy_from == "base":
-                return Loaded([], base.read(parameter.base))
-            source = next(source for source in self.plan.experts if source.name == parameter.copy_from)
-            index = self.plan.experts.index(source) if len(parameter.experts) > 1 else 0
-            return Loaded([source.read(parameter.experts[index])], None)
-        experts = [source.read(name) for source, name in zip(self.plan.experts, parameter.experts, strict=True)]
-        return Loaded(experts, base.read(parameter.base) if parameter.base is not None and base is not None else None)
+        """The stored tensors of a parameter, in the order of the experts; where it is merged in pieces, still in their files."""
+        in_files = stays_in_files(self.plan, parameter, self._device_of(parameter.name))
+        stored = [
+            source.stored(name) if in_files else source.read(name) for source, name in sources_of(self.plan, parameter)
+        ]
+        has_base = parameter.action != "copy" and len(stored) > len(parameter.experts)
+        return Loaded(stored[:-1], stored[-1]) if has_base else Loaded(stored, None)
 
     # -- computing ------------------------------------------------------------------------------------------------
 
@@ -165,7 +164,9 @@ class StreamingEngine(Pipeline):
             return self._methods[merge_type]
 
     def _group(self, parameter: PlannedParameter, loaded: Loaded) -> TensorGroup:
-        sent = loaded.mapped(self._transfer(self._device_of(parameter.name)).send)
+        device = self._device_of(parameter.name)
+        in_files = stays_in_files(self.plan, parameter, device)
+        sent = loaded if in_files else loaded.mapped(self._transfer(device).send)
         return TensorGroup(
             name=parameter.name,
             kind=parameter.kind,
@@ -218,14 +219,12 @@ class StreamingEngine(Pipeline):
     @torch.no_grad()
     def finish(self, parameter: PlannedParameter, loaded: Loaded, rounded: bool = True) -> Tensor:
         """The merged value on the CPU, in its output dtype when `rounded`, else in that of the arithmetic."""
-        row = self._row(parameter)
+        row = self._begin(parameter)
         if parameter.action == "copy":
             stored = loaded.experts[0] if loaded.experts else loaded.base
             row["from"] = parameter.copy_from
             # A copy: a tensor of a model in memory must not become part of the result.
             return checked(parameter.name, stored.to("cpu", parameter.info.dtype, copy=True), parameter.copy_from)
-        if parameter.action == "merge":
-            row["method"] = parameter.settings.merge_type
         result, facts = self._on_device(parameter, loaded, lambda group: self._computed(parameter, group, rounded))
         row.update(facts)
         return result
@@ -235,26 +234,24 @@ class StreamingEngine(Pipeline):
     ) -> tuple[Tensor, dict[str, float]]:
         """The merged value on the CPU, and what the report says about it."""
         result = empty_tensor(parameter.info.shape, parameter.info.dtype if rounded else group.dtype)
-        with one_thread() if self._in_pieces(parameter) and group.device == CPU else nullcontext():
-            steps = self._steps(parameter, group)
-            norms = [self._finish_step(parameter, group, result.view(-1), step) for step in steps]
+        return result, self._compute(parameter, group, HeldResult(result))
+
+    def _compute(self, parameter: PlannedParameter, group: TensorGroup, result: Result) -> dict[str, float]:
+        """Merges a parameter into its result. Returns what the report says about it."""
+        with one_thread() if in_pieces(parameter) and group.device == CPU else nullcontext():
+            norms = [self._finish_step(parameter, group, result, step) for step in self._steps(parameter, group)]
         # What overflows the dtype of the result may have been corrected by a later step.
-        if not all(in_range(one.own, result.dtype) for one in norms) and not all_finite(result):
+        if not all(in_range(one.own, result.dtype) for one in norms) and not all(map(all_finite, result.parts())):
             raise NonFiniteError(describe_non_finite(self.plan, parameter, group, torch.zeros(())))
         facts = {"norm": math.sqrt(max(0.0, math.fsum(one.added for one in norms)))}
         if group.stored_base is not None:
             facts["task_vector_norm"] = math.sqrt(max(0.0, math.fsum(one.distance for one in norms)))
-        return result, facts | group.report
-
-    def _in_pieces(self, parameter: PlannedParameter) -> bool:
-        """Whether the parameter is merged in many short operations."""
-        method = get_merge_method(parameter.settings.merge_type).method_cls
-        return parameter.action == "mean" or issubclass(method, ElementwiseMethod)
+        return facts | group.report
 
     def _steps(self, parameter: PlannedParameter, group: TensorGroup) -> Iterable[Step]:
         """The computation of a parameter, in steps."""
         if parameter.action == "mean":
-            steps = (Step(piece, piece.mean) for piece in group.pieces())
+            steps = mean_steps(group)
         else:
             steps = self._method(parameter.settings.merge_type).steps(group)
         if not parameter.then:
@@ -262,19 +259,29 @@ class StreamingEngine(Pipeline):
         return [Step(group, lambda: self._follow(parameter, group, whole(group, steps)))]
 
     @torch.no_grad()
-    def _finish_step(self, parameter: PlannedParameter, group: TensorGroup, result: Tensor, step: Step) -> StepNorms:
+    def _finish_step(self, parameter: PlannedParameter, group: TensorGroup, result: Result, step: Step) -> StepNorms:
         """Merges one step into its place in the result, rounded once."""
-        merged, base = step.merge(), step.group.base
+        merged, base, start = step.merge(), step.group.base, step.group.offset
         norm, distance = squared_norms(merged, base, step.places)
-        if step.places is not None:
-            entries = result[(step.places + step.group.offset).to(result.device)].to(merged.device, merged.dtype)
-            old_norm, old_distance = squared_norms(entries, base, step.places)
+        old_norm = old_distance = 0.0
+        if step.places is None:
+            result.put(merged.reshape(-1), start)
         else:
-            old_norm = old_distance = 0.0
-        step.put(merged, result)
+            entries, places = result.get(start, step.group.shape.numel()), step.places.to("cpu")
+            old = entries[places].to(merged.device, merged.dtype)
+            old_norm, old_distance = squared_norms(old, base, step.places)
+            entries[places] = merged.to("cpu", entries.dtype)
+            result.put(entries, start)
         if not in_range(norm, result.dtype) and not all_finite(merged):
             raise NonFiniteError(describe_non_finite(self.plan, parameter, group, merged))
         return StepNorms(norm, norm - old_norm, distance - old_distance)
+
+    def _begin(self, parameter: PlannedParameter) -> dict[str, Any]:
+        """The report's row of a parameter, with its method."""
+        row = self._row(parameter)
+        if parameter.action == "merge":
+            row["method"] = parameter.settings.merge_type
+        return row
 
     def _row(self, parameter: PlannedParameter) -> dict[str, Any]:
         """Begins the report's row of a parameter."""
@@ -309,6 +316,21 @@ class StreamingEngine(Pipeline):
         return self.finish(parameter, self.read(parameter), rounded)
 
     # -- writing --------------------------------------------------------------------------------------------------
+
+    def _fills(self, group: SaveGroup) -> bool:
+        parameters = [self._by_name[name] for name in group.names]
+        return type(self).finish is StreamingEngine.finish and is_filled(
+            self.plan, parameters, group.is_plain, self._device_of(group.names[0])
+        )
+
+    @torch.no_grad()
+    def _fill(self, group: SaveGroup, loaded: Mapping[str, Loaded], sink: PartSink) -> None:
+        ((name, tensors),) = loaded.items()
+        ((key, info),) = group.disk.items()
+        parameter = self._by_name[name]
+        row = self._begin(parameter)
+        result = FiledResult(sink, key, info.numel, info.dtype)
+        row.update(self._compute(parameter, self._group(parameter, tensors), result))
 
     def _write(
         self, group: SaveGroup, merged: Mapping[str, Tensor], sink: Sink, tell: Callable[[Written], Any]

@@ -18,11 +18,12 @@ from ..checkpoints.storage import TensorInfo
 from ..kinds import ParameterKind
 from ..methods.base import LinearMethod
 from ..registry import get_merge_method
-from .estimate import Estimate, sources_of, surveys
+from .estimate import Estimate, surveys
 from .forks import processors
 from .pipeline import Loaded
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
+from .reading import sources_of
 from .streaming import StreamingEngine
 
 

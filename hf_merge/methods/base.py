@@ -258,8 +258,9 @@ class ElementwiseMethod(TensorMethod):
         return None
 
     def steps(self, group: TensorGroup) -> Iterator[Step]:
-        defined = self.kinds is None or group.kind in self.kinds
-        if not defined or (self.requires_base and group.stored_base is None):
+        if self.requires_base and group.stored_base is None:
+            yield from mean_steps(group)
+        elif self.kinds is not None and group.kind not in self.kinds:
             yield from super().steps(group)
         else:
             yield from self._steps(group)
@@ -299,6 +300,11 @@ _AHEAD = 2  # pieces
 def _with_foreseen(piece: TensorGroup, found: Future) -> TensorGroup:
     piece.foreseen = found.result()
     return piece
+
+
+def mean_steps(group: TensorGroup) -> Iterator[Step]:
+    """The plain mean of the experts, piece by piece."""
+    return (Step(piece, piece.mean) for piece in group.pieces())
 
 
 def whole(group: TensorGroup, steps: Iterable[Step]) -> Tensor:

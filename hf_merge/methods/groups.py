@@ -33,7 +33,7 @@ def keyed_generator(seed: int, *words: str) -> np.random.Generator:
 
 def difference(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
     """x − y, computed in a dtype, as a new tensor."""
-    if first.dtype == dtype:
+    if first.dtype == dtype and isinstance(first, Tensor):
         return first - second.to(dtype)
     return first.to(dtype).sub_(second.to(dtype))
 
@@ -98,6 +98,11 @@ class TensorGroup:
         """Expert `index`'s value, in the dtype of the arithmetic. Do not change it in place."""
         return self.stored_experts[index].to(self.dtype)
 
+    def new_expert(self, index: int) -> Tensor:
+        """The same as a new tensor, free to be changed in place."""
+        stored = self.stored_experts[index]
+        return stored.to(self.dtype, copy=True) if isinstance(stored, Tensor) else stored.to(self.dtype)
+
     def experts(self) -> Iterator[Tensor]:
         """The experts' values one at a time."""
         for index in range(len(self)):
@@ -119,9 +124,9 @@ class TensorGroup:
 
     def mean(self) -> Tensor:
         """The plain mean of the experts, as a new tensor."""
-        total = torch.zeros(self.shape, dtype=self.dtype, device=self.stored_experts[0].device)
-        for expert in self.experts():
-            total += expert
+        total = self.new_expert(0)
+        for index in range(1, len(self)):
+            total += self.expert(index)
         return total.div_(len(self))
 
     @property

@@ -76,14 +76,17 @@ class TrimmingMethod(SparseMethod):
         if group.base is None:
             return {}
         observed: Observation = {}
-        for index, name in enumerate(group.expert_names):
-            magnitudes = group.task_vector(index).float()
-            if round == 0:
-                histograms = {-1: _sparse(high_histogram(magnitudes))}
-            else:
-                chosen = {high for (expert, _), (high, _) in self._bins.items() if expert == name and high >= 0}
-                histograms = {high: _sparse(low_histogram(magnitudes, high)) for high in sorted(chosen)}
-            observed[name] = (group.settings.density[index], histograms)
+        for name, density in zip(group.expert_names, group.settings.density, strict=True):
+            chosen = {high for (expert, _), (high, _) in self._bins.items() if expert == name and high >= 0}
+            observed[name] = (density, dict.fromkeys(sorted(chosen) if round else [-1]))
+        totals = {(name, high): 0 for name, (_, highs) in observed.items() for high in highs}
+        for piece in group.pieces():
+            for name, vector in zip(group.expert_names, piece.task_vectors(), strict=True):
+                magnitudes = vector.float()
+                for high in observed[name][1]:
+                    totals[name, high] += low_histogram(magnitudes, high) if round else high_histogram(magnitudes)
+        for (name, high), histogram in totals.items():
+            observed[name][1][high] = _sparse(histogram)
         return observed
 
     def conclude(self, observations: Iterator[tuple[str, Any]], round: int, settings: Any) -> None:

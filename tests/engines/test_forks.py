@@ -73,7 +73,7 @@ def at_write(action: Callable[[], None], place: Path, count: int = 1, own: bool 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is ignored
     pipeline.READ_AHEAD = 0  # the model is small: else the first one reads all of it
 
-    def noted(self, key, tensor) -> None:
+    def noted(self, key, entries, start) -> None:
         with open(place, "a", encoding="utf-8") as file:
             file.write(f"{os.getpid()}\n")
         if (os.getpid() == main) is own:
@@ -82,7 +82,7 @@ def at_write(action: Callable[[], None], place: Path, count: int = 1, own: bool 
                 action()
         else:
             time.sleep(0.02)  # so that each gets something to do
-        write(self, key, tensor)
+        write(self, key, entries, start)
 
     shards._ShardFile.write = noted
 
@@ -288,11 +288,11 @@ def test_models_in_memory_are_divided(bed: Bed, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(pipeline, "READ_AHEAD", 0)
     write = shards._ShardFile.write
 
-    def noted(self, key, tensor) -> None:
+    def noted(self, key, entries, start) -> None:
         with open(tmp_path / "pids", "a", encoding="utf-8") as file:
             file.write(f"{os.getpid()}\n")
         time.sleep(0.02)
-        write(self, key, tensor)
+        write(self, key, entries, start)
 
     monkeypatch.setattr(shards._ShardFile, "write", noted)
     models = {name: bed.model_class.from_pretrained(path) for name, path in bed.experts.items()}

@@ -143,11 +143,11 @@ def fail_at(victim: int, count: int, action: Callable[[], None], rank: int) -> N
         return
     write, left = shards._ShardFile.write, [count]
 
-    def failing(self, key, tensor) -> None:
+    def failing(self, key, entries, start) -> None:
         left[0] -= 1
         if left[0] == 0:
             action()
-        write(self, key, tensor)
+        write(self, key, entries, start)
 
     shards._ShardFile.write = failing
 

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_merge.checkpoints import folder as output_module
 from hf_merge.checkpoints import storage as input_module
 
 
@@ -28,6 +27,8 @@ READ, CHANGE, REMOVE = "read", "change", "remove"
 _CHANGES = {"os.mkdir": 0, "os.rename": 1, "os.truncate": 0, "os.link": 1, "os.symlink": 1}
 _REMOVALS = {"os.remove": 0, "os.rmdir": 0}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+_pwrite = os.pwrite  # what notes are written with is no operation of the merge
 
 Strike = Callable[[str], None]
 """What happens at the chosen operation and, where it is told so, at every later one: is given the kind of the operation."""
@@ -56,8 +57,8 @@ class Disk:
         self.count, self._lock, self._busy = 0, threading.Lock(), False
         self._prefix = str(self.root) + os.sep
         sys.addaudithook(self._audit)
-        output_module.open = self._opener(CHANGE)
-        input_module.open = self._opener(READ)
+        input_module.open = self._opener()
+        os.preadv, os.pwrite = self._reading(os.preadv), self._writing(os.pwrite)
         os.fsync = lambda descriptor: self.meet(CHANGE)  # the system survives, and writes what the process wrote
 
     def meet(self, kind: str) -> None:
@@ -88,18 +89,27 @@ class Disk:
         if isinstance(place, (str, os.PathLike)) and os.fspath(place).startswith(self._prefix):
             self.meet(kind)
 
-    def _opener(self, kind: str) -> Callable:
+    def _reading(self, read: Callable) -> Callable:
+        def met(*arguments) -> int:
+            self.meet(READ)
+            return read(*arguments)
+
+        return met
+
+    def _writing(self, write: Callable) -> Callable:
+        def met(descriptor: int, data: memoryview, position: int) -> int:
+            written = write(descriptor, data[: max(1, len(data) // 2)], position)  # a disk that fills up takes a part
+            self.meet(CHANGE)
+            return written
+
+        return met
+
+    def _opener(self) -> Callable:
         meet = self.meet
 
         class File(io.FileIO):
-            def write(self, data) -> int:
-                half = max(1, len(data) // 2)
-                written = super().write(data[:half])  # a disk that fills up takes a part
-                meet(kind)
-                return written
-
             def readinto(self, target) -> int:
-                meet(kind)
+                meet(READ)
                 return super().readinto(target)
 
         def opened(path, mode="r", buffering=-1, **options):
@@ -137,7 +147,7 @@ class Note:
     def __call__(self, kind: str) -> None:
         self.count += 1
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT)
-        os.pwrite(descriptor, str(self.count).encode(), 0)
+        _pwrite(descriptor, str(self.count).encode(), 0)
         os.close(descriptor)
 
 

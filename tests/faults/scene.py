@@ -14,9 +14,10 @@ from .injection import CHANGE, Disk, Note, Strike, die
 
 
 SHARDS = ("--max-shard-size", "20KB")
+ALONE = ("--num-proc", "1")
+"""For faults at an operation that is counted: which fork does what is not the same each time."""
 PATIENCE = 120
 """Seconds after which a merge of a hundred kilobytes hangs."""
-
 
 _COUNTS: dict[tuple, int] = {}
 
@@ -71,7 +72,8 @@ class Scene:
 
     def struck(self, prepare: Callable[[], None] | None, *extra: str) -> int:
         """The exit code of a process that `prepare` happens to."""
-        process = start(self.command(None, *extra), prepare=prepare, log=self.log)
+        alone = ALONE if isinstance(prepare, Disk) else ()
+        process = start(self.command(None, *extra, *alone), prepare=prepare, log=self.log)
         process.join(PATIENCE)
         if process.is_alive():
             process.kill()
@@ -89,7 +91,8 @@ class Scene:
         note = self.bed.folder.parent / "operations.txt"
         out = self.bed.folder / "rehearsal" / "out"
         root = out.parent if root == self.out.parent else root
-        process = start(self.command(out), prepare=Disk(root, kinds, Note(note), 0, lasting=True), log=self.log)
+        prepare = Disk(root, kinds, Note(note), 0, lasting=True)
+        process = start(self.command(out, *ALONE), prepare=prepare, log=self.log)
         process.join(PATIENCE)
         assert process.exitcode == 0, self.log.read_text(encoding="utf-8")[-2000:]
         return int(note.read_text())

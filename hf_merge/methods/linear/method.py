@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ...errors import ConfigError
@@ -28,14 +27,19 @@ class LinearMerge(ElementwiseMethod):
 
     def merge_piece(self, piece: TensorGroup, prepared: None) -> Tensor:
         settings = piece.settings
-        total = torch.zeros(piece.shape, dtype=piece.dtype, device=piece.device)
-        for weight, expert in zip(settings.weights, piece.experts(), strict=True):
-            total.add_(expert, alpha=weight)
+        total = scaled(piece.new_expert(0), settings.weights[0])
+        for index in range(1, len(piece)):
+            total.add_(piece.expert(index), alpha=settings.weights[index])
         return total.div_(normalizer(settings.weights, piece.name)) if settings.normalize else total
 
     def merge_low_rank(self, group: LowRankGroup) -> Factors:
         total = normalizer(group.settings.weights, group.name)
         return concatenated(group.experts, [weight / total for weight in group.settings.weights])
+
+
+def scaled(values: Tensor, factor: float) -> Tensor:
+    """`values` times a factor, in place."""
+    return values if factor == 1.0 else values.mul_(factor)
 
 
 def normalizer(weights: list[float], name: str) -> float:

@@ -39,9 +39,9 @@ class ModelStock(ElementwiseMethod):
         return ratio
 
     def merge_piece(self, piece: TensorGroup, prepared: float) -> Tensor:
-        total = torch.zeros_like(piece.base)
-        for vector in piece.task_vectors():
-            total += vector
+        total = piece.task_vector(0)
+        for index in range(1, len(piece)):
+            total += piece.task_vector(index)
         if piece.settings.filter_wise:
             rows = piece_rows(total, piece.kind, prepared)
             total = from_piece_rows(rows.mul_(_row_ratios(piece, prepared).to(rows.dtype)), total, piece.kind)

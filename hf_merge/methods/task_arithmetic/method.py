@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...low_rank import Factors, concatenated
 from ..base import ElementwiseMethod, LowRankGroup, TensorGroup
-from ..linear.method import normalizer
+from ..linear.method import normalizer, scaled
 
 
 class TaskArithmetic(ElementwiseMethod):
@@ -25,12 +24,12 @@ class TaskArithmetic(ElementwiseMethod):
 
     def merge_piece(self, piece: TensorGroup, prepared: None) -> Tensor:
         settings = piece.settings
-        total = torch.zeros_like(piece.base)
-        for weight, vector in zip(settings.weights, piece.task_vectors(), strict=True):
-            total.add_(vector, alpha=weight)
+        total = scaled(piece.task_vector(0), settings.weights[0])
+        for index in range(1, len(piece)):
+            total.add_(piece.task_vector(index), alpha=settings.weights[index])
         if settings.normalize:
             total.div_(normalizer(settings.weights, piece.name))
-        return total.mul_(settings.scaling).add_(piece.base)
+        return scaled(total, settings.scaling).add_(piece.base)
 
     def merge_low_rank(self, group: LowRankGroup) -> Factors:
         settings = group.settings
