@@ -76,7 +76,7 @@ def run(
     dtype: Dtype = None,
     max_shard_size: Annotated[str, typer.Option(help="The largest weight file.")] = "5GB",
     device_map: Device = None,
-    num_proc: Processes = None,
+    num_proc: Processes = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -90,7 +90,7 @@ def run(
                 lambda: open_merger(recipe, method, expert, base, settings, dtype, device_map, trust_remote_code),
                 "open the models",
             )
-            merger.save_pretrained(out, max_shard_size=max_shard_size, num_proc=num_proc or "auto")
+            merger.save_pretrained(out, max_shard_size=max_shard_size, num_proc=num_proc)
     except KeyboardInterrupt:
         if ranks.is_first:
             typer.echo("interrupted: run the same command again to continue", err=True)
@@ -132,7 +132,7 @@ def plan(
     device_map: Device = None,
     samples: Annotated[int, typer.Option(help="For methods that need data: samples of each task.", min=0)] = 0,
     tokens: Annotated[int, typer.Option(help="And tokens of each sample.", min=0)] = 0,
-    num_proc: Processes = None,
+    num_proc: Processes = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -140,7 +140,7 @@ def plan(
     merger = open_merger(recipe, method, expert, base, settings, dtype, device_map, trust_remote_code)
     problems = merger.problems(out)
     if not problems:
-        merger.estimate(out, samples=samples, tokens=tokens, num_proc=num_proc or "auto")
+        merger.estimate(out, samples=samples, tokens=tokens, num_proc=num_proc)
     if as_json:
         typer.echo(json.dumps(merger.plan.to_dict() | {"problems": problems}))
     else:

@@ -43,13 +43,19 @@ Device = Annotated[
     str | None,
     typer.Option("--device-map", help="Where the arithmetic is done: cpu, auto, cuda:0.", show_default=False),
 ]
+def _processes(text: str) -> int | str:
+    if text == "auto" or (text.isdecimal() and int(text) > 0):
+        return text if text == "auto" else int(text)
+    raise typer.BadParameter(f"{text!r} is neither 'auto' nor a number of processes, at least 1.")
+
+
 Processes = Annotated[
-    int | None,
+    Any,
     typer.Option(
         "--num-proc",
-        help="How many processes merge; by default one on each processor, as far as the memory goes.",
-        min=1,
-        show_default=False,
+        parser=_processes,
+        metavar="NUMBER|auto",
+        help="How many processes merge; auto: one on each processor, as far as the memory goes.",
     ),
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the models' repositories.")]

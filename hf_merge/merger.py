@@ -35,6 +35,7 @@ from .engines.placement import Placement
 from .engines.plan import MergePlan
 from .engines.ranks import Ranks, all_ranks
 from .engines.report import MergeReport
+from .engines.sample_sizes import Samples
 from .engines.saving import save_merge, save_model, save_on_ranks, temporary_folder
 from .engines.sealing import head_tensors, processor_notes, result_config, result_dtype
 from .engines.streaming import StateDictSink, StreamingEngine
@@ -186,8 +187,6 @@ class Merger(HubMixin):
         Raises:
             PlanError: The models cannot be merged; lists every reason.
         """
-        from .engines.estimate_blocks import Samples
-
         self._raise(self.problems())
         options = None
         if args is not None:

@@ -34,12 +34,13 @@ from .block_store import BlockStore
 from .calibrated import initial_plan, is_left_to_method, parameter_row, task_model
 from .data_parallel import RankMonitor, check_samples, own_batches
 from .division import gather_report
-from .estimate_blocks import Samples, activations_on_disk, finished_blocks
+from .estimate_blocks import activations_on_disk, finished_blocks
 from .head_fitting import HeadFitter, LazyParameters, with_fitted_head
 from .options import EngineOptions
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
 from .report import MergeReport, peak_memory_bytes
+from .sample_sizes import Samples
 from .streaming import Sink, StreamingEngine, on_disk
 
 

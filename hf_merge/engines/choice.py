@@ -25,12 +25,12 @@ from .placement import Placement
 from .plan import MergePlan
 from .planning import build_plan
 from .report import MergeReport
+from .sample_sizes import Samples
 from .streaming import Sink, StreamingEngine
 
 
 if TYPE_CHECKING:
     from ..data.calibration import CalibrationData
-    from .estimate_blocks import Samples
     from .options import EngineOptions
 
 
@@ -273,7 +273,7 @@ def estimate_merge(
     streamed = issubclass(method, (TensorMethod, OutputMethod)) and not all_adapters(plan.experts)
     estimate = traffic(plan, by_parameter=by_block or streamed)
     if by_block:
-        from .estimate_blocks import Samples, block_disk, blockwise_memory
+        from .estimate_blocks import block_disk, blockwise_memory
 
         samples = samples or Samples(0, 0)
         estimate.memory = blockwise_memory(plan, placement, samples, options)
@@ -281,7 +281,6 @@ def estimate_merge(
         if not samples.count:
             estimate.notes.append("without the activations of samples: say how many there are")
     elif issubclass(method, ModelMethod):
-        from .estimate_blocks import Samples
         from .estimate_models import end_to_end_memory
 
         samples = samples or Samples(0, 0)

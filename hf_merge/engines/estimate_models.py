@@ -12,10 +12,11 @@ from ..modeling.shell import output_embeddings
 from ..registry import get_merge_method
 from .calibrated import initial_plan, is_left_to_method
 from .estimate import loaded_bytes, process_memory, working_memory
-from .estimate_blocks import Samples, saved_by_autograd
+from .estimate_blocks import saved_by_autograd
 from .options import EngineOptions
 from .placement import Placement
 from .plan import MergePlan, PlannedParameter
+from .sample_sizes import Samples
 
 
 SAVED_ACTIVATIONS = 2.1

@@ -40,9 +40,9 @@ from hf_merge.checkpoints.storage import SafetensorsStorage
 from hf_merge.checkpoints.stored import StoredFile
 from hf_merge.data.calibration import TaskSamples
 from hf_merge.engines import estimate as estimates
-from hf_merge.engines.estimate_blocks import Samples
 from hf_merge.engines.pipeline import READ_AHEAD
 from hf_merge.engines.placement import Placement
+from hf_merge.engines.sample_sizes import Samples
 from hf_merge.kinds import ParameterKind
 from hf_merge.methods.base import LinearMethod, TensorMethod
 from hf_merge.methods.karcher.method import Karcher
