@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.conversion import SaveGroup
+from ..checkpoints.memory import keep_freed_blocks
 from ..checkpoints.shards import ShardWriter
 from ..methods.groups import TensorGroup
 from .forks import run_forked
@@ -174,6 +175,7 @@ class Pipeline(ABC):
     ) -> None:
         """Merges the groups of one device until something else fails; one result at a time waits to be written. What is written while
         it is merged leaves to the writer what may take long, the end of a file."""
+        keep_freed_blocks()
         takes_parts = isinstance(sink, (ShardWriter, _Filler))
         writing: deque[Future] = deque()
         with closing(self._on_their_way(device, groups)) as arriving:

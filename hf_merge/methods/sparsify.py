@@ -88,6 +88,10 @@ class SparseMethod(ElementwiseMethod):
     requires_base = True
     changes_only = True
 
+    @classmethod
+    def looks_again(cls, settings: Any) -> bool:
+        return settings.rescale == "norm"
+
     def mark(self, group: TensorGroup, index: int) -> Any:
         """What [`~SparseMethod.sparsify`] has to know of the whole task vector of expert `index`."""
         return None
