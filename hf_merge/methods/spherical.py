@@ -7,6 +7,7 @@ number of threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,8 +33,8 @@ def dot(first: Tensor, second: Tensor) -> float:
 
 def l1_norm(values: Tensor) -> float:
     """Σ |x| of a tensor: in its own dtype over pieces, whose entries have one sign, and in float64 over these."""
-    parts = [_sum(part.abs()) for part in values.reshape(-1).split(_CHUNK)]
-    return float(torch.stack(parts).sum()) if parts else 0.0
+    flat = values.reshape(-1)
+    return math.fsum(float(_sum(flat[start : start + _CHUNK].abs())) for start in range(0, len(flat), _CHUNK))
 
 
 def row_dots(first: Tensor, second: Tensor) -> Tensor:
@@ -145,5 +146,5 @@ def combine(vector: Callable[[int], Tensor], coefficients: Sequence[float]) -> T
 
 def _sum(values: Tensor) -> Tensor:
     whole = values.numel() // _PIECE * _PIECE
-    rows, rest = values[:whole].view(-1, _PIECE), values[whole:]
-    return rows.sum(dim=1).sum(dtype=torch.float64) + rest.sum(dtype=torch.float64)
+    total = values[:whole].view(-1, _PIECE).sum(dim=1).sum(dtype=torch.float64)
+    return total if whole == values.numel() else total + values[whole:].sum(dtype=torch.float64)
