@@ -43,6 +43,8 @@ Device = Annotated[
     str | None,
     typer.Option("--device-map", help="Where the arithmetic is done: cpu, auto, cuda:0.", show_default=False),
 ]
+
+
 def _processes(text: str) -> int | str:
     if text == "auto" or (text.isdecimal() and int(text) > 0):
         return text if text == "auto" else int(text)

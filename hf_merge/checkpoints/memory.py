@@ -65,3 +65,9 @@ def empty_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
     memory = np.empty(nbytes, dtype=np.uint8) if nbytes < SMALLEST else _pool.take(nbytes)
     return torch.from_numpy(memory).view(dtype).view(shape)
+
+
+def keep_freed_blocks() -> None:
+    """Lets `malloc` keep what pieces leave for the next ones. glibc gives freed blocks back to the system from twice the size of the
+    largest that it has seen freed on, and pieces are small: each would find memory that has to be cleared first."""
+    torch.empty(KEPT // 2, dtype=torch.uint8)

@@ -21,7 +21,7 @@ from .forks import MOST_PROCESSES, free_memory, processors
 from .pipeline import READ_AHEAD
 from .placement import CPU, Placement
 from .plan import MergePlan, PlannedParameter
-from .reading import is_filled, sources_of, stays_in_files
+from .reading import held_bytes, is_filled, sources_of, stays_in_files
 from .report import process_memory
 from .transfer import STAGED, copies_ahead
 
@@ -145,7 +145,9 @@ def loaded_bytes(plan: MergePlan, parameter: PlannedParameter) -> int:
 
 def read_bytes(plan: MergePlan, parameter: PlannedParameter, device: torch.device) -> int:
     """The same without what is read in pieces while it is merged on a device, which the working memory has."""
-    return 0 if stays_in_files(plan, parameter, device) else loaded_bytes(plan, parameter)
+    if stays_in_files(plan, parameter, device):
+        return held_bytes(plan, parameter)
+    return loaded_bytes(plan, parameter)
 
 
 def working_memory(plan: MergePlan, parameter: PlannedParameter, on_cpu: bool = True) -> int:

@@ -13,6 +13,11 @@ from .placement import CPU
 from .plan import MergePlan, PlannedParameter
 
 
+HELD = 1 << 25
+"""Bytes of a parameter, of all models together, up to which it is rather held than read several times. What is larger would not stay in
+the cache either."""
+
+
 def in_pieces(parameter: PlannedParameter) -> bool:
     """Whether a parameter is merged in many short operations."""
     method = get_merge_method(parameter.settings.merge_type).method_cls
@@ -50,6 +55,16 @@ def stays_in_files(plan: MergePlan, parameter: PlannedParameter, device: torch.d
     if not is_piecewise(parameter, device):
         return False
     return all(source.stored(name) is not None for source, name in sources_of(plan, parameter))
+
+
+def held_bytes(plan: MergePlan, parameter: PlannedParameter) -> int:
+    """How much of a parameter that [`stays_in_files`] is held in memory while it is merged all the same: all of it where it is small and
+    the method looks at each piece several times, else nothing."""
+    method = get_merge_method(parameter.settings.merge_type).method_cls
+    if parameter.action != "merge" or not method.looks_again(parameter.settings):
+        return 0
+    nbytes = sum(source.parameters[name].nbytes for source, name in sources_of(plan, parameter))
+    return nbytes if nbytes <= HELD else 0
 
 
 def is_filled(plan: MergePlan, parameters: Sequence[PlannedParameter], is_plain: bool, device: torch.device) -> bool:

@@ -34,7 +34,7 @@ from .pipeline import Loaded, Pipeline, Sink, Written
 from .placement import CPU, Placement
 from .plan import MergePlan, PlannedParameter
 from .ranks import Ranks
-from .reading import in_pieces, is_filled, sources_of, stays_in_files
+from .reading import held_bytes, in_pieces, is_filled, sources_of, stays_in_files
 from .report import MergeReport, peak_memory_bytes
 from .results import FiledResult, HeldResult, PartSink, Result
 
@@ -165,8 +165,12 @@ class StreamingEngine(Pipeline):
 
     def _group(self, parameter: PlannedParameter, loaded: Loaded) -> TensorGroup:
         device = self._device_of(parameter.name)
-        in_files = stays_in_files(self.plan, parameter, device)
-        sent = loaded if in_files else loaded.mapped(self._transfer(device).send)
+        if not stays_in_files(self.plan, parameter, device):
+            sent = loaded.mapped(self._transfer(device).send)
+        elif held_bytes(self.plan, parameter):
+            sent = loaded.mapped(lambda stored: stored.to(stored.dtype))
+        else:
+            sent = loaded
         return TensorGroup(
             name=parameter.name,
             kind=parameter.kind,

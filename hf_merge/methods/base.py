@@ -236,6 +236,15 @@ class ElementwiseMethod(TensorMethod):
         piece = FLOAT32 * min(math.prod(shape), PIECE) * (experts + 6)
         return piece + super().working_memory(kind, shape, experts, settings)
 
+    @classmethod
+    def looks_again(cls, settings: Any) -> bool:
+        """Whether every piece is asked for several times, so that small parameters are better held than read again.
+
+        Args:
+            settings ([`MergeConfig`]): One parameter's settings.
+        """
+        return False
+
     def unit(self, group: TensorGroup) -> int | None:
         """How many entries belong together, see [`~TensorGroup.pieces`]."""
         return 1

@@ -24,7 +24,7 @@ class Election:
     def __init__(self, weights: Sequence[float], majority_sign: str):
         self.weights = weights
         self.majority_sign = majority_sign
-        self._balance = 0.0
+        self._balance = 0
         self._undecided: _SparseEntries | None = None
 
     @property
@@ -32,11 +32,11 @@ class Election:
         """The sign of most entries of the pieces that were merged."""
         return 1.0 if self._balance >= 0 else -1.0
 
-    def signs(self, vectors: Sequence[Tensor]) -> Tensor:
-        """The elected signs: −1, 1, or 0 where there is no majority, in the dtype of the vectors."""
+    def votes(self, vectors: Sequence[Tensor]) -> Tensor:
+        """What has the elected signs, and is 0 where there is no majority, in the dtype of the vectors."""
         if self.majority_sign == "total":
-            return weighted_sum(vectors, self.weights).sign_().contiguous()
-        return weighted_sum((vector.sign() for vector in vectors), map(np.sign, self.weights)).sign_().contiguous()
+            return weighted_sum(vectors, self.weights).contiguous()
+        return weighted_sum((vector.sign() for vector in vectors), map(np.sign, self.weights)).contiguous()
 
     def merge(
         self, vectors: Sequence[Tensor], offset: int = 0, weights: Sequence[float] | None = None, *, mean: bool
@@ -53,19 +53,18 @@ class Election:
             mean (`bool`): Whether to divide.
         """
         weights = self.weights if weights is None else weights
-        signs = self.signs(vectors)
-        self._balance += float(signs.sum())
-        places = _without_majority(signs, vectors)
+        votes = self.votes(vectors)
+        self._balance += _balance(votes)
+        places = _without_majority(votes, vectors)
         if places is not None:
-            signs.view(-1)[places] = 1.0
             if self._undecided is None:
-                self._undecided = _SparseEntries(len(vectors), signs)
+                self._undecided = _SparseEntries(len(vectors), votes)
             self._undecided.put(offset, places, vectors)
-        return _add_agreeing(vectors, signs, weights, mean)
+        return _add_agreeing(vectors, _sign_bits(votes), weights, mean)
 
     def agreeing(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """The sparse task vectors of a whole parameter, 0 where their sign is not the elected one."""
-        signs = self.signs(vectors)
+        signs = self.votes(vectors).sign_()
         signs[signs == 0] = 1.0 if signs.sum() >= 0 else -1.0
         return [masked(vector, vector * signs > 0) for vector in vectors]
 
@@ -77,7 +76,7 @@ class Election:
             return None
         places, vectors = self._undecided.get(offset)
         weights = self.weights if weights is None else weights
-        return places, _add_agreeing(vectors, torch.full_like(vectors[0], -1.0), weights, mean)
+        return places, _add_agreeing(vectors, _sign_bits(torch.full_like(vectors[0], -1.0)), weights, mean)
 
 
 class _SparseEntries:
@@ -114,32 +113,82 @@ class _SparseEntries:
         return self._places[span], [row[span] for row in self._values]
 
 
-def _without_majority(signs: Tensor, vectors: Sequence[Tensor]) -> Tensor | None:
+def _without_majority(votes: Tensor, vectors: Sequence[Tensor]) -> Tensor | None:
     """The places of entries that have no sign although not all vectors are 0 there: int64."""
     if len(vectors) == 1:
         return None
-    if signs.device.type != "cpu":
-        places = (sum(vector.abs() for vector in vectors) * (signs == 0)).reshape(-1).nonzero().squeeze(1)
+    if votes.device.type != "cpu":
+        places = (sum(vector.abs() for vector in vectors) * (votes == 0)).reshape(-1).nonzero().squeeze(1)
         return places if len(places) else None
-    # numpy compares several times as fast as torch
-    heard = np.zeros(signs.numel(), dtype=bool)
-    for vector in vectors:
+    tied = votes.numpy().reshape(-1) == 0
+    heard = np.zeros(votes.numel(), dtype=bool)
+    # Where all but one are 0 there is a sign, or the last one is 0, too.
+    for vector in vectors[1:]:
         heard |= vector.numpy().reshape(-1) != 0
-    heard &= signs.numpy().reshape(-1) == 0
+    heard &= tied
     return torch.from_numpy(np.flatnonzero(heard)) if heard.any() else None
 
 
+def _balance(votes: Tensor) -> int:
+    """How many more votes are positive than negative."""
+    if votes.device.type != "cpu":
+        return int(torch.count_nonzero(votes > 0)) - int(torch.count_nonzero(votes < 0))
+    # numpy compares several times as fast as torch
+    return int(np.count_nonzero(votes.numpy() > 0)) - int(np.count_nonzero(votes.numpy() < 0))
+
+
+def _sign_bits(values: Tensor) -> Tensor:
+    """The sign bits of floats, as integers of their size, the other bits 0. XOR with them multiplies by the sign, at half the cost."""
+    integers = torch.int64 if values.dtype == torch.float64 else torch.int32
+    return values.view(integers) & torch.iinfo(integers).min
+
+
+def _flipped(values: Tensor, signs: Tensor) -> Tensor:
+    return (values.contiguous().view(signs.dtype) ^ signs).view(values.dtype)
+
+
 def _add_agreeing(vectors: Sequence[Tensor], signs: Tensor, weights: Sequence[float], mean: bool) -> Tensor:
-    merged, mass = torch.zeros_like(signs), torch.zeros_like(signs)
+    merged: Tensor | None = None
+    mass = _Mass(weights, vectors[0]) if mean else None
     for vector, weight in zip(vectors, weights, strict=True):
-        agreeing = torch.mul(vector, signs)
+        agreeing = _flipped(vector, signs)
         if weight != 1.0:
             agreeing.mul_(weight)
-        merged += agreeing.clamp_(min=0.0)  # 0 where the signs differ
-        if mean:
-            mass.add_(agreeing.sign_(), alpha=abs(weight))
-    merged.mul_(signs)
-    return merged.div_(mass.clamp_(min=torch.finfo(mass.dtype).tiny)) if mean else merged
+        agreeing.clamp_(min=0.0)  # 0 where the signs differ
+        if mass is not None:
+            mass.add(agreeing, weight)
+        merged = agreeing if merged is None else merged.add_(agreeing)
+    merged.view(signs.dtype).bitwise_xor_(signs)
+    return merged if mass is None else mass.divide(merged)
+
+
+class _Mass:
+    """Σ |w_i| over the experts that agree, entry by entry; a number of experts where all weigh the same.
+
+    Args:
+        weights (`Sequence[float]`): w_i.
+        like (`torch.Tensor`): Of the shape, dtype and device of the result.
+    """
+
+    def __init__(self, weights: Sequence[float], like: Tensor):
+        self._is_number = like.device.type == "cpu" and len(weights) < 256 and len(set(map(abs, weights))) == 1
+        self._each = abs(weights[0]) if self._is_number else 1.0
+        self._mass = torch.zeros(like.shape, dtype=torch.uint8) if self._is_number else torch.zeros_like(like)
+
+    def add(self, agreeing: Tensor, weight: float) -> None:
+        """Adds an expert, given positive entries where it agrees and 0 elsewhere."""
+        if self._is_number:
+            mass = self._mass.numpy()
+            np.add(mass, (agreeing.numpy() > 0).view(np.uint8), out=mass)
+        else:
+            self._mass.add_(agreeing.sign(), alpha=abs(weight))
+
+    def divide(self, total: Tensor) -> Tensor:
+        """`total` divided by it, in place; what nobody agrees with is 0."""
+        mass = self._mass.to(total.dtype)
+        if self._each != 1.0:
+            mass.mul_(self._each)
+        return total.div_(mass.clamp_(min=torch.finfo(mass.dtype).tiny))
 
 
 def weighted_sum(vectors: Iterable[Tensor], weights: Iterable[float]) -> Tensor:

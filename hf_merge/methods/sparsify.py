@@ -88,6 +88,10 @@ class SparseMethod(ElementwiseMethod):
     requires_base = True
     changes_only = True
 
+    @classmethod
+    def looks_again(cls, settings: Any) -> bool:
+        return settings.rescale == "norm"
+
     def mark(self, group: TensorGroup, index: int) -> Any:
         """What [`~SparseMethod.sparsify`] has to know of the whole task vector of expert `index`."""
         return None
@@ -122,17 +126,17 @@ class SparseMethod(ElementwiseMethod):
 
     def _find_factors(self, group: TensorGroup, sparsity: Sparsity) -> None:
         """What gives each sparse task vector the L1 norm that the whole one has; mergekit's rescaling."""
-        norms = torch.zeros(2, len(group), dtype=torch.float64)
+        whole, left = [0.0] * len(group), [0.0] * len(group)
         kept = {}
         for piece in self.foreseen_pieces(group, sparsity):
             kept[piece.offset] = masks = []
             for index, (mark, vector) in enumerate(zip(sparsity.marks, piece.task_vectors(), strict=True)):
-                norms[0, index] += l1_norm(vector)
+                whole[index] += l1_norm(vector)
                 sparse = self.sparsify(vector, piece, index, mark)
-                norms[1, index] += l1_norm(sparse)
+                left[index] += l1_norm(sparse)
                 masks.append(_Mask.of(sparse))
         sparsity.kept = kept
-        sparsity.factors = (norms[0] / norms[1]).masked_fill_(norms[1] == 0, 1.0).tolist()
+        sparsity.factors = [one / other if other else 1.0 for one, other in zip(whole, left, strict=True)]
 
     def sparse_vectors(self, piece: TensorGroup, sparsity: Sparsity) -> list[Tensor]:
         """The sparse task vectors of all experts in a piece, as they are combined."""

@@ -1,16 +1,21 @@
 """Inner products, norms and arcs, for the methods that treat parameters, or their rows, as points on a sphere.
 
 Inner products are summed in float64 in pieces of fixed size: the angle between a model and its fine-tune is small, and what is
-left of it after rounding in float32 is noise; and the bits of the result must not depend on the number of threads.
+left of it after rounding in float32 is noise, unless it is found by their difference; and the bits of the result must not depend on the
+number of threads.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+
+SMALLEST_SQUARE = 1e-25
+"""Squared norms below are inexact in float32."""
 
 _CHUNK = 1 << 20
 _PIECE = 1 << 14  # summed by one thread, whatever their number
@@ -28,8 +33,8 @@ def dot(first: Tensor, second: Tensor) -> float:
 
 def l1_norm(values: Tensor) -> float:
     """Σ |x| of a tensor: in its own dtype over pieces, whose entries have one sign, and in float64 over these."""
-    parts = [_sum(part.abs()) for part in values.reshape(-1).split(_CHUNK)]
-    return float(torch.stack(parts).sum()) if parts else 0.0
+    flat = values.reshape(-1)
+    return math.fsum(float(_sum(flat[start : start + _CHUNK].abs())) for start in range(0, len(flat), _CHUNK))
 
 
 def row_dots(first: Tensor, second: Tensor) -> Tensor:
@@ -46,21 +51,38 @@ def row_norms(rows: Tensor) -> Tensor:
     return row_dots(rows, rows).sqrt_()
 
 
-def gram_matrix(vectors: Callable[[int], Tensor], count: int, precise: bool = True) -> Tensor:
+def gram_matrix(vectors: Callable[[int], Tensor], count: int) -> Tensor:
     """⟨x_i, x_j⟩ of `count` vectors that fit the memory together: float64, (count, count).
 
     Args:
         vectors (`Callable`): Makes vector i.
         count (`int`): How many there are.
-        precise (`bool`): Multiply and add in float64. Where angles are not small, sums of pieces in the vectors' own dtype are enough.
     """
-    whole = [vectors(index).reshape(-1) for index in range(count)]
-    parts = [[part.double() if precise else part for part in vector.split(_CHUNK)] for vector in whole]
-    gram = torch.zeros(count, count, dtype=torch.float64)
-    for row in range(count):
-        for column in range(row + 1):
-            inner = sum(float(_sum(x * y)) for x, y in zip(parts[row], parts[column], strict=True))
-            gram[row, column] = gram[column, row] = inner
+    return _gram([vectors(index).reshape(-1) for index in range(count)], dot)
+
+
+def rough_gram_matrix(vectors: Callable[[int], Tensor], count: int) -> Tensor:
+    """The same for pieces, each product added up in the vectors' own dtype: with relative errors of about 1e-6 in float32. Enough where
+    angles are not small."""
+    return _gram([vectors(index).reshape(-1) for index in range(count)], lambda x, y: float(torch.dot(x, y)))
+
+
+def near_products(first: Tensor, second: Tensor) -> Tensor:
+    """⟨y, y⟩, ⟨x − y, y⟩ and ⟨x − y, x − y⟩ of a piece of two vectors, added up as in [`rough_gram_matrix`]: float64, (3,).
+
+    Of vectors that are near each other they tell the angle as exactly as any norm: sin² = (⟨y,y⟩⟨d,d⟩ − ⟨d,y⟩²) / ‖x‖²‖y‖² for
+    d = x − y, where nothing is left of ⟨x, y⟩ itself in this precision.
+    """
+    y, change = second.reshape(-1), (first - second).reshape(-1)
+    products = [torch.dot(y, y), torch.dot(change, y), torch.dot(change, change)]
+    return torch.stack(products).to("cpu", torch.float64)
+
+
+def _gram(vectors: Sequence[Tensor], product: Callable[[Tensor, Tensor], float]) -> Tensor:
+    gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    for row, first in enumerate(vectors):
+        for column, second in enumerate(vectors[: row + 1]):
+            gram[row, column] = gram[column, row] = product(first, second)
     return gram
 
 
@@ -124,5 +146,5 @@ def combine(vector: Callable[[int], Tensor], coefficients: Sequence[float]) -> T
 
 def _sum(values: Tensor) -> Tensor:
     whole = values.numel() // _PIECE * _PIECE
-    rows, rest = values[:whole].view(-1, _PIECE), values[whole:]
-    return rows.sum(dim=1).sum(dtype=torch.float64) + rest.sum(dtype=torch.float64)
+    total = values[:whole].view(-1, _PIECE).sum(dim=1).sum(dtype=torch.float64)
+    return total if whole == values.numel() else total + values[whole:].sum(dtype=torch.float64)

@@ -56,6 +56,10 @@ class TrimmingMethod(SparseMethod):
             return max(held, 4 * FLOAT32 * math.prod(shape))
         return max(held, selection_memory(math.prod(shape)))
 
+    @classmethod
+    def looks_again(cls, settings: Any) -> bool:
+        return settings.scope != "model"
+
     def mark(self, group: TensorGroup, index: int) -> Cut:
         """What separates the entries of expert `index` that are kept in this parameter."""
         density = group.settings.density[index]

@@ -21,6 +21,10 @@ class Breadcrumbs(SparseMethod):
         held = super().working_memory(kind, shape, experts, settings)
         return max(held, selection_memory(math.prod(shape)))
 
+    @classmethod
+    def looks_again(cls, settings: Any) -> bool:
+        return True
+
     def mark(self, group: TensorGroup, index: int) -> tuple[Cut, Cut]:
         density, gamma = group.settings.density[index], group.settings.gamma[index]
         size = group.shape.numel()

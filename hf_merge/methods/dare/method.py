@@ -8,22 +8,15 @@ from torch import Tensor
 
 from ..base import TensorGroup
 from ..election import masked
-from ..sparsify import SparseMethod, Sparsity
+from ..sparsify import SparseMethod
 
 
 class Dare(SparseMethod):
     """m ~ Bernoulli(1 − p), τ̂ = m ⊙ τ / (1 − p) with p = 1 − density (arXiv 2311.03099)."""
 
-    def foresee(self, piece: TensorGroup, prepared: Sparsity) -> list[Tensor] | None:
-        """The masks."""
-        if piece.offset in prepared.kept:
-            return None
-        return [piece.keep_mask(index, density) for index, density in enumerate(piece.settings.density)]
-
     def sparsify(self, vector: Tensor, piece: TensorGroup, index: int, mark: Any) -> Tensor:
         density = piece.settings.density[index]
         if density == 1.0:
             return vector
-        mask = piece.keep_mask(index, density) if piece.foreseen is None else piece.foreseen[index]
-        masked(vector, mask)
+        masked(vector, piece.keep_mask(index, density))
         return vector.div_(density) if piece.settings.rescale == "probability" and density > 0.0 else vector

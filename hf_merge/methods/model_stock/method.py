@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..base import ElementwiseMethod, TensorGroup
 from ..rows import from_piece_rows, piece_rows, row_length, row_unit
-from ..spherical import gram_matrix, row_norms
-
-
-_SMALLEST = 1e-25  # squared norms below are inexact in float32
+from ..spherical import SMALLEST_SQUARE, gram_matrix, rough_gram_matrix, row_norms
 
 
 class ModelStock(ElementwiseMethod):
@@ -22,6 +20,10 @@ class ModelStock(ElementwiseMethod):
     changes_only = True
     min_experts = 2
 
+    @classmethod
+    def looks_again(cls, settings: Any) -> bool:
+        return True
+
     def unit(self, group: TensorGroup) -> int | None:
         return row_unit(group.shape, group.kind) if group.settings.filter_wise else 1
 
@@ -29,8 +31,8 @@ class ModelStock(ElementwiseMethod):
         """t of the parameter, or the length of its rows where every row has its own."""
         if group.settings.filter_wise:
             return row_length(group.shape, group.kind)
-        gram = sum(gram_matrix(piece.task_vector, len(piece), precise=False) for piece in group.pieces())
-        if not _SMALLEST < float(gram.diagonal().min()) <= float(gram.diagonal().max()) < math.inf:
+        gram = sum(rough_gram_matrix(piece.task_vector, len(piece)) for piece in group.pieces())
+        if not SMALLEST_SQUARE < float(gram.diagonal().min()) <= float(gram.diagonal().max()) < math.inf:
             gram = sum(gram_matrix(piece.task_vector, len(piece)) for piece in group.pieces())
         norms = gram.diagonal().sqrt()
         units = norms.masked_fill(norms == 0, 1.0).reciprocal_()

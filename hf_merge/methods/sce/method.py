@@ -47,6 +47,10 @@ class Sce(ElementwiseMethod):
         held = super().working_memory(kind, shape, experts, settings)
         return max(held, selection_memory(math.prod(shape)))
 
+    @classmethod
+    def looks_again(cls, settings: Any) -> bool:
+        return True
+
     def prepare(self, group: TensorGroup) -> Selection:
         mask = select(group, group.settings.density)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from torch import Tensor
 
 from ..base import ElementwiseMethod, TensorGroup
-from ..spherical import gram_matrix, slerp_weights
+from ..spherical import SMALLEST_SQUARE, gram_matrix, near_products, slerp_weights
 
 
 class Slerp(ElementwiseMethod):
@@ -25,14 +28,21 @@ class Slerp(ElementwiseMethod):
             ]
         return super().refusals(name, experts, has_base)
 
+    @classmethod
+    def looks_again(cls, settings: Any) -> bool:
+        return True
+
     def prepare(self, group: TensorGroup) -> tuple[float, float] | None:
         """The factors of x and y."""
         if len(group) == 1 and group.stored_base is None:
             return None
-        gram = sum(gram_matrix(_ends(piece).__getitem__, 2) for piece in group.pieces())
-        near, far = slerp_weights(
-            group.settings.t, gram[0, 1], gram.diagonal().sqrt().prod(), group.settings.threshold
-        )
+        yy, dy, dd = sum(near_products(*_ends(piece)) for piece in group.pieces())
+        if SMALLEST_SQUARE < yy < math.inf and 4 * dd < yy:
+            dots, lengths = yy + dy, ((yy + 2 * dy + dd) * yy).sqrt()
+        else:  # not near each other, or inexact
+            gram = sum(gram_matrix(_ends(piece).__getitem__, 2) for piece in group.pieces())
+            dots, lengths = gram[0, 1], gram.diagonal().sqrt().prod()
+        near, far = slerp_weights(group.settings.t, dots, lengths, group.settings.threshold)
         return float(near), float(far)
 
     def merge_piece(self, piece: TensorGroup, prepared: tuple[float, float] | None) -> Tensor:
