@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,8 @@ class StoredFile:
     def _fetch(descriptor: int, start: int, nbytes: int) -> None:
         """Lets the disk read what comes later while this process computes."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):  # some file systems take no advice
+                os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 class StoredTensor:

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..checkpoints.memory import keep_freed_blocks
 from ..checkpoints.names import SaveGroup
 from ..checkpoints.shards import ShardWriter
 from ..methods.groups import TensorGroup
@@ -175,7 +174,6 @@ class Pipeline(ABC):
     ) -> None:
         """Merges the groups of one device until something else fails; one result at a time waits to be written. What is written while
         it is merged leaves to the writer what may take long, the end of a file."""
-        keep_freed_blocks()
         takes_parts = isinstance(sink, (ShardWriter, _Filler))
         writing: deque[Future] = deque()
         with closing(self._on_their_way(device, groups)) as arriving:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..checkpoints.source import ModelSource
-from ..methods.base import ElementwiseMethod
+from ..methods.base import TensorMethod
 from ..registry import get_merge_method
 from .placement import CPU
 from .plan import MergePlan, PlannedParameter
@@ -21,7 +21,7 @@ the cache either."""
 def in_pieces(parameter: PlannedParameter) -> bool:
     """Whether a parameter is merged in many short operations."""
     method = get_merge_method(parameter.settings.merge_type).method_cls
-    return parameter.action == "mean" or issubclass(method, ElementwiseMethod)
+    return parameter.action == "mean" or (issubclass(method, TensorMethod) and method.works_in_pieces(parameter.kind))
 
 
 def sources_of(plan: MergePlan, parameter: PlannedParameter) -> list[tuple[ModelSource, str]]:

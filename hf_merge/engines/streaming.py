@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.memory import empty_tensor
+from ..checkpoints.memory import empty_tensor, keep_freed_blocks
 from ..checkpoints.names import SaveGroup
 from ..checkpoints.shards import ShardWriter
 from ..errors import NonFiniteError
@@ -85,6 +85,7 @@ class StreamingEngine(Pipeline):
             groups (`list[SaveGroup]`): Parameters that are written together, in the order of writing.
             sink ([`Sink`]): Where the tensors go.
         """
+        keep_freed_blocks()
         self.place(self.placement.over(self.plan, groups))
         pending = [group for group in groups if sink.wants(list(group.disk))]
         start = time.perf_counter()

@@ -117,6 +117,9 @@ class TensorMethod(MergeMethod):
     kinds: ClassVar[frozenset[ParameterKind] | None] = None
     """The kinds of parameters that the method is defined on; `None` for all. The others go to [`~TensorMethod.merge_other`]."""
 
+    others_by_entry: ClassVar[bool] = True
+    """Whether [`~TensorMethod.merge_other`] works entry by entry, and so piece by piece."""
+
     def __call__(self, group: TensorGroup) -> Tensor:
         """Merges one parameter by the rule for its kind. Returns a tensor of the parameter's shape, in float32."""
         if self.requires_base and group.base is None:
@@ -136,7 +139,26 @@ class TensorMethod(MergeMethod):
     def steps(self, group: TensorGroup) -> Iterator[Step]:
         """The computation of one parameter in steps, which together make all of it. A step is carried out before the next is asked
         for; a later one may correct single entries."""
-        yield Step(group, lambda: self(group))
+        for piece in group.pieces() if self.works_in_pieces(group.kind) else [group]:
+            yield Step(piece, partial(self, piece))
+
+    @classmethod
+    def works_in_pieces(cls, kind: ParameterKind) -> bool:
+        """Whether parameters of a kind are merged in many short operations.
+
+        Args:
+            kind ([`ParameterKind`]): The kind.
+        """
+        return cls.others_by_entry and cls.kinds is not None and kind not in cls.kinds
+
+    @classmethod
+    def looks_again(cls, settings: Any) -> bool:
+        """Whether every piece is asked for several times, so that small parameters are better held than read again.
+
+        Args:
+            settings ([`MergeConfig`]): One parameter's settings.
+        """
+        return False
 
     # -- what a merge takes ---------------------------------------------------------------------------------------
 
@@ -158,9 +180,8 @@ class TensorMethod(MergeMethod):
             settings ([`MergeConfig`]): Its settings.
         """
         if cls.kinds is not None and kind not in cls.kinds:
-            return (
-                4 * FLOAT32 * math.prod(shape)
-            )  # merge_other: base, sum, one task vector, the distance to the base model
+            size = min(math.prod(shape), PIECE) if cls.others_by_entry else math.prod(shape)
+            return 4 * FLOAT32 * size  # base, sum, one task vector, the distance to the base model
         fixed, each = cls.working_copies
         return int(FLOAT32 * math.prod(shape) * (fixed + each * experts))
 
@@ -237,13 +258,8 @@ class ElementwiseMethod(TensorMethod):
         return piece + super().working_memory(kind, shape, experts, settings)
 
     @classmethod
-    def looks_again(cls, settings: Any) -> bool:
-        """Whether every piece is asked for several times, so that small parameters are better held than read again.
-
-        Args:
-            settings ([`MergeConfig`]): One parameter's settings.
-        """
-        return False
+    def works_in_pieces(cls, kind: ParameterKind) -> bool:
+        return cls.kinds is None or kind in cls.kinds or super().works_in_pieces(kind)
 
     def unit(self, group: TensorGroup) -> int | None:
         """How many entries belong together, see [`~TensorGroup.pieces`]."""

@@ -405,7 +405,7 @@ def test_peak_is_within_a_fifth(tmp_path: Path, method: str) -> None:
     )
     expected, before, peak = json.loads(done.stdout.splitlines()[-1])
     if method in ("linear", "ties"):
-        assert peak < before + 40e6  # an embedding takes 131 MB
+        assert peak < before + 100e6  # one embedding takes 131 MB
     else:
         assert peak > before + 200e6  # the merge is what the peak is of
     assert expected == pytest.approx(peak, rel=0.2)
