@@ -35,6 +35,7 @@ from .cli_recipes import (
     Settings,
     TrustRemoteCode,
     open_merger,
+    without_collection,
 )
 from .errors import MergeError
 
@@ -81,7 +82,8 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Merge models into a folder, streamed from disk to disk."""
-    from .engines.ranks import all_ranks
+    with without_collection():
+        from .engines.ranks import all_ranks
 
     ranks = all_ranks()
     try:

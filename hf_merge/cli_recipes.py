@@ -66,7 +66,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")
 
 def open_merger(recipe, method, expert, base, settings, dtype, device_map, trust_remote_code) -> Any:
     """The merger that the options describe: a recipe, options, or a recipe changed by options."""
-    with _without_collection():
+    with without_collection():
         from .merger import Merger
 
     overrides = read_assignments(settings)
@@ -85,7 +85,7 @@ def open_merger(recipe, method, expert, base, settings, dtype, device_map, trust
 
 
 @contextmanager
-def _without_collection() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
     """For imports of torch and transformers: they make a million objects that stay, and to look for garbage among them takes a quarter
     of the time."""
     gc.disable()

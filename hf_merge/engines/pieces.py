@@ -50,8 +50,10 @@ def one_thread() -> Iterator[None]:
 
 def squared_norm(values: Tensor) -> float:
     """Σ x², summed in pieces: not finite where an entry is not, or its square too large for the dtype."""
-    flat = values.reshape(-1)
-    return math.fsum(float(torch.dot(part, part)) for part in flat.split(_piece_of(values)))
+    flat, piece = values.reshape(-1), _piece_of(values)
+    if len(flat) <= piece:
+        return float(torch.dot(flat, flat))
+    return math.fsum(float(torch.dot(part, part)) for part in flat.split(piece))
 
 
 def all_finite(values: Tensor) -> bool:

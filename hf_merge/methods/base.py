@@ -294,6 +294,8 @@ class ElementwiseMethod(TensorMethod):
         prepared = self.prepare(group)
         for piece in self.foreseen_pieces(group, prepared):
             yield Step(piece, partial(self.merge_piece, piece, prepared))
+        if type(self).correct is ElementwiseMethod.correct:
+            return
         for piece in group.pieces(self.unit(group)):
             corrected = self.correct(piece, prepared)
             if corrected is not None:

@@ -35,7 +35,8 @@ class Election:
     def votes(self, vectors: Sequence[Tensor]) -> Tensor:
         """What has the elected signs, and is 0 where there is no majority, in the dtype of the vectors."""
         if self.majority_sign == "total":
-            return weighted_sum(vectors, self.weights).contiguous()
+            weights = [1.0] * len(vectors) if _common(self.weights) else self.weights
+            return weighted_sum(vectors, weights).contiguous()
         return weighted_sum((vector.sign() for vector in vectors), map(np.sign, self.weights)).contiguous()
 
     def merge(
@@ -147,7 +148,16 @@ def _flipped(values: Tensor, signs: Tensor) -> Tensor:
     return (values.contiguous().view(signs.dtype) ^ signs).view(values.dtype)
 
 
+def _common(weights: Sequence[float]) -> float | None:
+    """The weight that all have, if it is positive."""
+    return weights[0] if weights[0] > 0 and all(weight == weights[0] for weight in weights) else None
+
+
 def _add_agreeing(vectors: Sequence[Tensor], signs: Tensor, weights: Sequence[float], mean: bool) -> Tensor:
+    common = _common(weights)
+    if common is not None and common != 1.0:  # once for all
+        merged = _add_agreeing(vectors, signs, [1.0] * len(weights), mean)
+        return merged if mean else merged.mul_(common)
     merged: Tensor | None = None
     mass = _Mass(weights, vectors[0]) if mean else None
     for vector, weight in zip(vectors, weights, strict=True):

@@ -37,10 +37,14 @@ def keyed_generator(seed: int, *words: str) -> np.random.Generator:
 
 def _scattered(key: int, places: np.ndarray) -> np.ndarray:
     """A random number of 64 bits for each of some places (splitmix64, Steele et al. 2014): uint64."""
-    bits = (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key & (2**64 - 1))
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
+    bits = (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    bits += np.uint64(key & (2**64 - 1))
+    bits ^= bits >> np.uint64(30)
+    bits *= np.uint64(0xBF58476D1CE4E5B9)
+    bits ^= bits >> np.uint64(27)
+    bits *= np.uint64(0x94D049BB133111EB)
+    bits ^= bits >> np.uint64(31)
+    return bits
 
 
 def difference(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,7 +99,7 @@ class TensorGroup:
     def shape(self) -> torch.Size:
         return self.stored_experts[0].shape
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype of the arithmetic: float32, or float64 when some model is stored in it."""
         stored = [*self.stored_experts, *([] if self.stored_base is None else [self.stored_base])]
@@ -202,28 +206,26 @@ class TensorGroup:
     def _key(self, index: int, purpose: str) -> int:
         return _key(self.seed, self.name, self.expert_names[index], purpose)
 
-    def keep_mask(self, index: int, probability: float | Tensor) -> Tensor:
-        """A Bernoulli mask (bool, the shape of the group) in which each entry is kept with `probability`, to 32 bits.
+    def keep_mask(self, index: int, probability: float) -> Tensor:
+        """A Bernoulli mask (bool, the shape of the group) in which each entry is kept with a probability, to 32 bits.
 
         Args:
             index (`int`): The expert that the mask is for.
-            probability (`float` or `torch.Tensor`): In [0, 1]; or one for each entry, times 2³², as the bits of an int32.
+            probability (`float`): In [0, 1].
         """
-        if isinstance(probability, Tensor):
-            bounds = probability.reshape(-1).cpu().numpy().view(np.uint32)
-            high = (bounds >> 24).astype(np.uint8)
-        elif probability == 1.0:
+        if probability == 1.0:
             return torch.ones(self.shape, dtype=torch.bool, device=self.device)
-        else:
-            bound = min(round(probability * 2**32), 2**32 - 1)
-            bounds, high = np.broadcast_to(np.uint32(bound), self.shape.numel()), np.uint8(bound >> 24)
+        high, low = divmod(min(round(probability * 2**32), 2**32 - 1), 1 << 24)
         draws = self.draws(index)
-        kept = draws < high
-        if isinstance(probability, Tensor) or bound & 0xFFFFFF:
+        kept = draws < np.uint8(high)
+        if low:
             places = np.flatnonzero(draws == high)  # one of 256 is not decided by 8 bits
-            more = _scattered(self._key(index, "mask, low bits"), places + self.offset) >> np.uint64(40)
-            kept[places] = more < (bounds[places] & np.uint32(0xFFFFFF))
+            kept[places] = self.more_bits(index, places) >> np.uint64(40) < low
         return torch.from_numpy(kept).view(self.shape).to(self.device)
+
+    def more_bits(self, index: int, places: np.ndarray, purpose: str = "mask") -> np.ndarray:
+        """64 random bits beside those of [`~TensorGroup.draws`] for the entries at some places (int64): uint64."""
+        return _scattered(self._key(index, f"{purpose}, low bits"), places + self.offset)
 
 
 @dataclass

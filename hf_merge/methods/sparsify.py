@@ -21,7 +21,7 @@ from .election import Election, masked, weighted_sum
 from .groups import difference
 from .linear.method import normalizer
 from .selection import Parts
-from .spherical import l1_norm
+from .spherical import total
 
 
 @dataclass
@@ -57,12 +57,14 @@ class _Mask:
         """The entries that are not 0."""
         return cls(np.packbits(values.numpy().reshape(-1) != 0) if values.device.type == "cpu" else values != 0)
 
-    def apply(self, values: Tensor) -> Tensor:
-        """`values` where the mask is set, 0 elsewhere; in place."""
+    def apply(self, values: Tensor, factor: float) -> Tensor:
+        """`values` times a factor where the mask is set, 0 elsewhere; in place."""
         if isinstance(self.bits, Tensor):
-            return masked(values, self.bits)
-        mask = np.unpackbits(self.bits, count=values.numel()).view(bool)
-        return masked(values, torch.from_numpy(mask).view(values.shape))
+            return masked(values, self.bits).mul_(factor)
+        dtype = values.numpy().dtype
+        factors = np.unpackbits(self.bits, count=values.numel()).astype(dtype)
+        np.multiply(factors, dtype.type(factor), out=factors)
+        return values.mul_(torch.from_numpy(factors).view(values.shape))
 
 
 @dataclass
@@ -97,7 +99,8 @@ class SparseMethod(ElementwiseMethod):
         return None
 
     def sparsify(self, vector: Tensor, piece: TensorGroup, index: int, mark: Any) -> Tensor:
-        """The sparse task vector of expert `index` in a piece; the same for the same arguments.
+        """The sparse task vector of expert `index` in a piece; the same for the same arguments. What is kept depends on magnitudes, and
+        not on signs.
 
         Args:
             vector (`torch.Tensor`): τ_i in the piece; it may be changed in place.
@@ -131,25 +134,21 @@ class SparseMethod(ElementwiseMethod):
         for piece in self.foreseen_pieces(group, sparsity):
             kept[piece.offset] = masks = []
             for index, (mark, vector) in enumerate(zip(sparsity.marks, piece.task_vectors(), strict=True)):
-                whole[index] += l1_norm(vector)
-                sparse = self.sparsify(vector, piece, index, mark)
-                left[index] += l1_norm(sparse)
+                magnitudes = vector.abs_()
+                whole[index] += total(magnitudes)
+                sparse = self.sparsify(magnitudes, piece, index, mark)
+                left[index] += total(sparse)
                 masks.append(_Mask.of(sparse))
         sparsity.kept = kept
         sparsity.factors = [one / other if other else 1.0 for one, other in zip(whole, left, strict=True)]
 
     def sparse_vectors(self, piece: TensorGroup, sparsity: Sparsity) -> list[Tensor]:
         """The sparse task vectors of all experts in a piece, as they are combined."""
-        if piece.offset in sparsity.kept:
-            masks = sparsity.kept[piece.offset]
-            vectors = [mask.apply(vector) for mask, vector in zip(masks, piece.task_vectors(), strict=True)]
-        else:
-            pairs = zip(sparsity.marks, piece.task_vectors(), strict=True)
-            vectors = [self.sparsify(vector, piece, index, mark) for index, (mark, vector) in enumerate(pairs)]
         if sparsity.factors is not None:
-            for vector, factor in zip(vectors, sparsity.factors, strict=True):
-                vector.mul_(factor)
-        return vectors
+            found = zip(sparsity.kept[piece.offset], piece.task_vectors(), sparsity.factors, strict=True)
+            return [mask.apply(vector, factor) for mask, vector, factor in found]
+        pairs = zip(sparsity.marks, piece.task_vectors(), strict=True)
+        return [self.sparsify(vector, piece, index, mark) for index, (mark, vector) in enumerate(pairs)]
 
     def merge_piece(self, piece: TensorGroup, prepared: Sparsity) -> Tensor:
         settings = piece.settings

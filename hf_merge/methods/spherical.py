@@ -7,7 +7,6 @@ number of threads.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -31,10 +30,9 @@ def dot(first: Tensor, second: Tensor) -> float:
     return float(torch.stack(parts).sum()) if parts else 0.0
 
 
-def l1_norm(values: Tensor) -> float:
-    """Σ |x| of a tensor: in its own dtype over pieces, whose entries have one sign, and in float64 over these."""
-    flat = values.reshape(-1)
-    return math.fsum(float(_sum(flat[start : start + _CHUNK].abs())) for start in range(0, len(flat), _CHUNK))
+def total(values: Tensor) -> float:
+    """Σ x of a tensor whose entries have one sign: in its own dtype over pieces, and in float64 over these."""
+    return float(_sum(values.reshape(-1)))
 
 
 def row_dots(first: Tensor, second: Tensor) -> Tensor:
@@ -51,20 +49,15 @@ def row_norms(rows: Tensor) -> Tensor:
     return row_dots(rows, rows).sqrt_()
 
 
-def gram_matrix(vectors: Callable[[int], Tensor], count: int) -> Tensor:
-    """⟨x_i, x_j⟩ of `count` vectors that fit the memory together: float64, (count, count).
-
-    Args:
-        vectors (`Callable`): Makes vector i.
-        count (`int`): How many there are.
-    """
-    return _gram([vectors(index).reshape(-1) for index in range(count)], dot)
+def gram_matrix(vectors: Sequence[Tensor]) -> Tensor:
+    """⟨x_i, x_j⟩ of n vectors: float64, (n, n)."""
+    return _gram(vectors, dot)
 
 
-def rough_gram_matrix(vectors: Callable[[int], Tensor], count: int) -> Tensor:
+def rough_gram_matrix(vectors: Sequence[Tensor]) -> Tensor:
     """The same for pieces, each product added up in the vectors' own dtype: with relative errors of about 1e-6 in float32. Enough where
     angles are not small."""
-    return _gram([vectors(index).reshape(-1) for index in range(count)], lambda x, y: float(torch.dot(x, y)))
+    return _gram(vectors, lambda x, y: float(torch.dot(x, y)))
 
 
 def near_products(first: Tensor, second: Tensor) -> Tensor:
@@ -79,11 +72,11 @@ def near_products(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _gram(vectors: Sequence[Tensor], product: Callable[[Tensor, Tensor], float]) -> Tensor:
-    gram = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-    for row, first in enumerate(vectors):
-        for column, second in enumerate(vectors[: row + 1]):
-            gram[row, column] = gram[column, row] = product(first, second)
-    return gram
+    flat = [vector.reshape(-1) for vector in vectors]
+    half = [[product(first, second) for second in flat[: row + 1]] for row, first in enumerate(flat)]
+    return torch.tensor(
+        [[half[max(i, j)][min(i, j)] for j in range(len(flat))] for i in range(len(flat))], dtype=torch.float64
+    )
 
 
 def slerp_rows(t: float, first: Tensor, second: Tensor, threshold: float = 1.0) -> Tensor:

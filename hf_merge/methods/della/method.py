@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,18 @@ from ..base import TensorGroup
 from ..election import masked
 from ..rows import from_piece_rows, piece_rows, row_length, row_unit
 from ..sparsify import SparseMethod, Sparsity
+
+
+class Kept(NamedTuple):
+    """What is kept of the rows of a piece.
+
+    Args:
+        mask (`torch.Tensor`): bool, (rows, entries).
+        factors (`torch.Tensor`, *optional*): What the entries are multiplied with.
+    """
+
+    mask: Tensor
+    factors: Tensor | None
 
 
 class Della(SparseMethod):
@@ -27,32 +40,82 @@ class Della(SparseMethod):
         """The length of a row."""
         return row_length(group.shape, group.kind)
 
-    def foresee(self, piece: TensorGroup, prepared: Sparsity) -> list[Tensor] | None:
-        """The order of every row."""
-        if piece.offset in prepared.kept or piece.shape.numel() == 0:
+    def foresee(self, piece: TensorGroup, prepared: Sparsity) -> list[Kept | None] | None:
+        """What is kept of every task vector."""
+        if piece.offset in prepared.kept:
             return None
         return [
-            rising_order(piece_rows(vector, piece.kind, width))
-            for width, vector in zip(prepared.marks, piece.task_vectors(), strict=True)
+            self._kept(piece_rows(vector, piece.kind, width), piece, index)
+            for index, (width, vector) in enumerate(zip(prepared.marks, piece.task_vectors(), strict=True))
         ]
 
     def sparsify(self, vector: Tensor, piece: TensorGroup, index: int, mark: int) -> Tensor:
-        density = piece.settings.density[index]
-        if density in (0.0, 1.0) or vector.numel() == 0:
-            return vector.mul_(density)
         rows = piece_rows(vector, piece.kind, mark)
-        order = rising_order(rows) if piece.foreseen is None else piece.foreseen[index]
-        keep = keep_probabilities(mark, density, piece.settings.epsilon[index]).to(order.device)
-        masked(
-            rows,
-            piece.keep_mask(
-                index, _in_order(keep.mul(2**32).round_().clamp_(max=2**32 - 1).to(torch.int64).to(torch.int32), order)
-            ).view(rows.shape),
-        )
-        if piece.settings.rescale == "probability":
-            factors = keep.reciprocal().masked_fill_(keep == 0, 0.0)  # those are never kept
-            rows.mul_(_in_order(factors.to(rows.dtype), order))
+        kept = self._kept(rows, piece, index) if piece.foreseen is None else piece.foreseen[index]
+        if kept is None:
+            return vector.mul_(piece.settings.density[index])
+        masked(rows, kept.mask)
+        if kept.factors is not None:
+            rows.mul_(kept.factors)
         return from_piece_rows(rows, vector, piece.kind)
+
+    @staticmethod
+    def _kept(rows: Tensor, piece: TensorGroup, index: int) -> Kept | None:
+        """What is kept of the rows of expert `index`; `None` where that is everything or nothing."""
+        settings = piece.settings
+        density = settings.density[index]
+        if density in (0.0, 1.0) or rows.numel() == 0:
+            return None
+        keep = keep_probabilities(rows.shape[1], density, settings.epsilon[index])
+        mask = keep_larger(rows, piece, index, float(keep[0]), float(keep[-1]))
+        if settings.rescale != "probability":
+            return Kept(mask, None)
+        factors = keep.reciprocal().masked_fill_(keep == 0, 0.0)  # those are never kept
+        return Kept(mask, _in_order(factors.to(rows.device, rows.dtype), rising_order(rows)))
+
+
+def keep_larger(rows: Tensor, piece: TensorGroup, index: int, least: float, most: float) -> Tensor:
+    """A Bernoulli mask in which the probability of an entry rises linearly with the rank of its magnitude in its row.
+
+    No rank has to be known for that: with the probability `least` an entry is kept anyway, and with the probability `most` − `least` it
+    is kept if it is larger than another entry of its row, drawn at random: of n − 1 others as many are smaller as its rank says.
+
+    Args:
+        rows (`torch.Tensor`): (rows, entries), contiguous. Equal magnitudes are ranked in the order of their places.
+        piece ([`TensorGroup`]): The piece that they are the rows of.
+        index (`int`): The expert that the mask is for.
+        least, most (`float`): The probabilities of the smallest and of the largest entry.
+
+    Returns:
+        `torch.Tensor`: bool, of the shape of `rows`.
+    """
+    low, high = (min(round(probability * 2**32), 2**32 - 1) for probability in (least, most))
+    width = rows.shape[1]
+    draws = piece.draws(index)
+    first, last = np.uint8(low >> 24), np.uint8(high >> 24)
+    kept = draws < first
+    places = np.flatnonzero(draws - first <= last - first)  # what is below wraps around
+    bits = piece.more_bits(index, places)
+    drawn = draws.take(places).astype(np.uint32) << np.uint32(24) | (bits >> np.uint64(40)).astype(np.uint32)
+    is_kept = drawn < np.uint32(low)
+    if width > 1:
+        steps = ((bits & np.uint64(0xFFFFFFFF)) * np.uint64(width - 1) >> np.uint64(32)).view(np.int64)
+        steps -= places - places // width * width  # from the entry's column to the other's
+        steps += steps >= 0
+        is_kept |= (drawn < np.uint32(high)) & _is_larger(rows, places, steps)
+    kept[places] = is_kept
+    return torch.from_numpy(kept).view(rows.shape).to(rows.device)
+
+
+def _is_larger(rows: Tensor, places: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Whether entries of a matrix (flat places, int64) are larger by magnitude than those so many places off; the later of equals is."""
+    flat = rows.view(-1)
+    if rows.device.type == "cpu":
+        own, other = (np.abs(flat.numpy().take(at)) for at in (places, places + steps))
+    else:
+        found = (flat[torch.from_numpy(at).to(rows.device)] for at in (places, places + steps))
+        own, other = (values.abs_().cpu().numpy() for values in found)
+    return (own > other) | (own == other) & (steps < 0)
 
 
 def rising_order(rows: Tensor) -> Tensor:

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..base import ElementwiseMethod, TensorGroup
+from ..base import FLOAT32, ElementwiseMethod, ParameterKind, TensorGroup
 from ..rows import from_piece_rows, piece_rows, row_length, row_unit
 from ..spherical import SMALLEST_SQUARE, gram_matrix, rough_gram_matrix, row_norms
+
+
+KEPT = 1 << 24
+"""Bytes of a parameter in float32 up to which Σ τ_i is kept when it was made for the angle."""
+
+
+@dataclass
+class Prepared:
+    """What is known of a parameter.
+
+    Args:
+        ratio (`float`): Its t.
+        length (`int`): The length of its rows, where every row has its own t.
+        totals (`dict`): Σ τ_i of its pieces by offset, of a small parameter.
+    """
+
+    ratio: float = 1.0
+    length: int = 1
+    totals: dict[int, Tensor] = field(default_factory=dict)
 
 
 class ModelStock(ElementwiseMethod):
@@ -22,34 +43,51 @@ class ModelStock(ElementwiseMethod):
 
     @classmethod
     def looks_again(cls, settings: Any) -> bool:
-        return True
+        return settings.filter_wise
 
     def unit(self, group: TensorGroup) -> int | None:
         return row_unit(group.shape, group.kind) if group.settings.filter_wise else 1
 
-    def prepare(self, group: TensorGroup) -> float | int:
-        """t of the parameter, or the length of its rows where every row has its own."""
+    @classmethod
+    def working_memory(cls, kind: ParameterKind, shape: Sequence[int], experts: int, settings: Any) -> int:
+        size = FLOAT32 * math.prod(shape)
+        return super().working_memory(kind, shape, experts, settings) + (size if size <= KEPT else 0)
+
+    def prepare(self, group: TensorGroup) -> Prepared:
         if group.settings.filter_wise:
-            return row_length(group.shape, group.kind)
-        gram = sum(rough_gram_matrix(piece.task_vector, len(piece)) for piece in group.pieces())
+            return Prepared(length=row_length(group.shape, group.kind))
+        gram, totals = 0.0, {}
+        for piece in group.pieces():
+            vectors = list(piece.task_vectors())
+            gram = rough_gram_matrix(vectors) + gram
+            if FLOAT32 * group.shape.numel() <= KEPT:
+                totals[piece.offset] = _sum(vectors)
         if not SMALLEST_SQUARE < float(gram.diagonal().min()) <= float(gram.diagonal().max()) < math.inf:
-            gram = sum(gram_matrix(piece.task_vector, len(piece)) for piece in group.pieces())
+            gram = sum(gram_matrix(list(piece.task_vectors())) for piece in group.pieces())
         norms = gram.diagonal().sqrt()
         units = norms.masked_fill(norms == 0, 1.0).reciprocal_()
         ratio = float(interpolation_ratio(units @ gram @ units, torch.count_nonzero(norms), len(group)))
         group.report["ratio"] = ratio
-        return ratio
+        return Prepared(ratio, totals=totals)
 
-    def merge_piece(self, piece: TensorGroup, prepared: float) -> Tensor:
-        total = piece.task_vector(0)
-        for index in range(1, len(piece)):
-            total += piece.task_vector(index)
+    def merge_piece(self, piece: TensorGroup, prepared: Prepared) -> Tensor:
+        total = prepared.totals.pop(piece.offset, None)
+        if total is None:
+            total = _sum(piece.task_vectors())
         if piece.settings.filter_wise:
-            rows = piece_rows(total, piece.kind, prepared)
-            total = from_piece_rows(rows.mul_(_row_ratios(piece, prepared).to(rows.dtype)), total, piece.kind)
+            rows = piece_rows(total, piece.kind, prepared.length)
+            total = from_piece_rows(rows.mul_(_row_ratios(piece, prepared.length).to(rows.dtype)), total, piece.kind)
         else:
-            total.mul_(prepared)
+            total.mul_(prepared.ratio)
         return total.div_(len(piece)).add_(piece.base)
+
+
+def _sum(vectors: Iterable[Tensor]) -> Tensor:
+    """Their sum, in the memory of the first."""
+    first, *others = vectors
+    for vector in others:
+        first += vector
+    return first
 
 
 def _row_ratios(piece: TensorGroup, length: int) -> Tensor:

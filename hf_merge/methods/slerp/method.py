@@ -40,7 +40,7 @@ class Slerp(ElementwiseMethod):
         if SMALLEST_SQUARE < yy < math.inf and 4 * dd < yy:
             dots, lengths = yy + dy, ((yy + 2 * dy + dd) * yy).sqrt()
         else:  # not near each other, or inexact
-            gram = sum(gram_matrix(_ends(piece).__getitem__, 2) for piece in group.pieces())
+            gram = sum(gram_matrix(_ends(piece)) for piece in group.pieces())
             dots, lengths = gram[0, 1], gram.diagonal().sqrt().prod()
         near, far = slerp_weights(group.settings.t, dots, lengths, group.settings.threshold)
         return float(near), float(far)
