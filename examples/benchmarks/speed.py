@@ -5,8 +5,8 @@
 mergekit (`pip install mergekit==0.1.5`) lives in an environment of its own, whose bin folder is given. The models are a base and three
 fine-tunes of a Llama with 0.48 billion parameters, in bfloat16 and shards of 500 MB, which the script builds (4 GB) unless `--models` names a
 folder that has them. Every merge is a process of its own, start-up included; the tools take turns, and the table has the medians. The floor
-is a process that reads all inputs and writes the output once with safetensors. hf_merge keeps what it finds out about an architecture
-(`HF_MERGE_CACHE`), as Python keeps compiled modules; "first" is a merge that finds nothing kept.
+is a process that reads all inputs and writes the output once with safetensors. Modules of both tools are compiled, as `pip` does when it
+installs them. hf_merge keeps what it finds out about an architecture (`HF_MERGE_CACHE`); "first" is a merge that finds nothing kept.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ def measure(
         cache (`str`): Where hf_merge keeps what it finds out; nowhere by default.
     """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MERGE_CACHE": cache}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryFile("w+") as output:
         start = time.perf_counter()
         process = psutil.Popen(command, cwd=cwd, env=environment, stdout=output, stderr=output)

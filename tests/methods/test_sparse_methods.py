@@ -14,7 +14,7 @@ from hf_merge.methods.base import ParameterKind
 from hf_merge.methods.breadcrumbs import Breadcrumbs
 from hf_merge.methods.dare import Dare
 from hf_merge.methods.della import Della
-from hf_merge.methods.della.method import keep_probabilities, rising_order
+from hf_merge.methods.della.method import keep_larger, keep_probabilities, rising_order
 from hf_merge.methods.rows import as_rows, from_rows
 
 from ..testing_utils import llama_bed
@@ -56,13 +56,15 @@ def test_merges_what_sparsify_leaves(config_cls, combination: str):
     torch.testing.assert_close(merge(config, base, experts), (base.double() + 0.8 * expected).float())
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.4, -0.4])
 @every_combination
 @every_config
-def test_without_normalize_the_sparse_vectors_are_added(config_cls, combination: str):
+def test_without_normalize_the_sparse_vectors_are_added(config_cls, combination: str, weight: float):
     base, experts = random_models((20, 30), 3)
-    config = config_cls(combination=combination, normalize=False)
+    config = config_cls(combination=combination, normalize=False, weights=weight)
     sparse = sparse_vectors(config, base, experts).double()
-    expected = dense_elect_and_merge(sparse, [1.0] * 3, mean=False) if combination == "ties" else sparse.sum(dim=0)
+    by_sign = combination == "ties"
+    expected = dense_elect_and_merge(sparse, [weight] * 3, mean=False) if by_sign else weight * sparse.sum(dim=0)
     torch.testing.assert_close(merge(config, base, experts), (base.double() + expected).float())
 
 
@@ -161,6 +163,37 @@ def test_della_probabilities_rise_linearly_with_the_rank_in_the_row():
     vector = torch.tensor([[0.1, -0.4, 0.2, -0.3], [5.0, 6.0, -8.0, 7.0]])
     found = probabilities(vector, ParameterKind.LINEAR, 0.5, 0.3)
     torch.testing.assert_close(found, torch.tensor([[0.35, 0.65, 0.45, 0.55], [0.35, 0.45, 0.65, 0.55]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("density", "epsilon"), [(0.5, 1.0), (0.3, 0.2), (0.7, 0.5), (0.5, 0.0)])
+def test_della_keeps_an_entry_as_often_as_its_rank_says(dtype, density: float, epsilon: float):
+    # Equal magnitudes rank in the order of their places, zeros too, whether something is kept of them or not.
+    row = torch.tensor([0.3, -0.1, 0.0, 0.1, 5.0, 0.0, -0.3, 1e-42, -0.2], dtype=dtype)
+    rows = row.expand(40_000, 9).contiguous()
+    expected = probabilities(row.view(1, -1).float(), ParameterKind.LINEAR, density, epsilon).double()
+    group = make_group(DellaConfig(), torch.zeros_like(rows), [rows])
+    kept = keep_larger(rows, group, 0, float(expected.min()), float(expected.max())).double()
+    deviation = (expected * (1 - expected) / len(rows)).sqrt()
+    assert ((kept.mean(dim=0) - expected).abs() <= 4.5 * deviation).all()
+    dependence = torch.corrcoef(kept.T).nan_to_num() * (1 - torch.eye(9))  # NaN of what is always or never kept
+    assert dependence.abs().max() < 4.5 / len(rows) ** 0.5
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_della_keeps_entries_of_narrow_rows(width: int):
+    rows = torch.arange(1.0, 1 + width).expand(40_000, width).contiguous()
+    group = make_group(DellaConfig(), torch.zeros_like(rows), [rows])
+    least, most = (0.4, 0.6) if width == 2 else (0.5, 0.5)
+    found = keep_larger(rows, group, 0, least, most).double().mean(dim=0)
+    assert found.tolist() == pytest.approx([least, most][:width], abs=0.012)
+
+
+@pytest.mark.parametrize("rescale", ["probability", "norm", "none"])
+def test_della_keeps_the_same_whatever_rescales_it(rescale: str):
+    base, experts = random_models((40, 50), 2)
+    expected = sparse_vectors(DellaConfig(epsilon=0.6, rescale="none"), base, experts) != 0
+    assert torch.equal(sparse_vectors(DellaConfig(epsilon=0.6, rescale=rescale), base, experts) != 0, expected)
 
 
 def test_della_ranks_are_not_rounded():
