@@ -20,6 +20,9 @@ from .layout import CheckpointLayout, ShardLayout
 from .memory import empty_tensor
 
 
+SYNCED = 1 << 26
+"""Bytes after which the disk is told to write them while more is merged, so that little is left for the end of a shard."""
+
 _STOPPED = "stopped"
 _ROWS = ".rows.json"
 
@@ -117,7 +120,9 @@ class ShardWriter:
         try:
             file = self._file(shard)
             file.missing.discard(key)
-            if not file.missing:
+            if file.missing:
+                file.settle(shard.infos[key].nbytes)
+            else:
                 if self.rows_of is not None:
                     rows_path(self.partial / shard.filename).write_text(
                         json.dumps(self.rows_of(shard)), encoding="utf-8"
@@ -158,6 +163,9 @@ class _ShardFile:
         self.target = folder / shard.filename
         self.missing = set(shard.infos)
         self._seeking = threading.Lock()
+        self._unsettled = 0
+        self._settling: threading.Thread | None = None
+        self._error: OSError | None = None
         # Another process may have made it.
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         self._file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115  closed by finish() or close()
@@ -210,13 +218,35 @@ class _ShardFile:
             self._file.seek(position)
             return self._file.readinto(data)
 
+    def settle(self, nbytes: int) -> None:
+        """Takes note of so many bytes more that are in their place, and has the disk write them when they are many."""
+        self._unsettled += nbytes
+        if self._unsettled >= SYNCED and (self._settling is None or not self._settling.is_alive()):
+            self._unsettled = 0
+            self._settling = threading.Thread(target=self._sync, name="hf_merge-sync", daemon=True)
+            self._settling.start()
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:  # the system tells it once
+            self._error = error
+
     def finish(self) -> None:
+        self._wait()
+        if self._error is not None:
+            raise self._error
         os.fsync(self._file.fileno())
         self.close()
         os.rename(self.path, self.target)
 
     def close(self) -> None:
+        self._wait()
         self._file.close()
+
+    def _wait(self) -> None:
+        if self._settling is not None:
+            self._settling.join()
 
 
 def _bytes(flat: Tensor) -> memoryview:

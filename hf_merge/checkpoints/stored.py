@@ -26,6 +26,9 @@ STAGED = 1 << 18
 AHEAD = 1 << 22
 """How many bytes before it is their turn the system is told to fetch them from the disk."""
 
+FETCHED = 1 << 20
+"""How many it is told of at once."""
+
 
 class StoredFile:
     """A file that tensors are read from, open from the first read on, closed when nothing refers to it. Reads have positions of their own,
@@ -63,7 +66,7 @@ class StoredFile:
                     raise EOFError("the file ends early, it was truncated after the merge began")
                 done += count
             self._check(descriptor)
-            self._fetch(descriptor, start + AHEAD, len(target))
+            self._fetch(descriptor, start, start + len(target))
         except CheckpointError:
             raise
         except (OSError, EOFError) as error:
@@ -80,11 +83,12 @@ class StoredFile:
         return self._descriptor
 
     @staticmethod
-    def _fetch(descriptor: int, start: int, nbytes: int) -> None:
-        """Lets the disk read what comes later while this process computes."""
-        if hasattr(os, "posix_fadvise"):
+    def _fetch(descriptor: int, start: int, stop: int) -> None:
+        """Lets the disk read what comes some time after a run of bytes while this process computes."""
+        first, last = start // FETCHED, stop // FETCHED
+        if last > first and hasattr(os, "posix_fadvise"):
             with suppress(OSError):  # some file systems take no advice
-                os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(descriptor, AHEAD + first * FETCHED, (last - first) * FETCHED, os.POSIX_FADV_WILLNEED)
 
 
 class StoredTensor:

@@ -76,10 +76,9 @@ class ModelStock(ElementwiseMethod):
             total = _sum(piece.task_vectors())
         if piece.settings.filter_wise:
             rows = piece_rows(total, piece.kind, prepared.length)
-            total = from_piece_rows(rows.mul_(_row_ratios(piece, prepared.length).to(rows.dtype)), total, piece.kind)
-        else:
-            total.mul_(prepared.ratio)
-        return total.div_(len(piece)).add_(piece.base)
+            ratios = _row_ratios(piece, prepared.length).to(rows.dtype)
+            return from_piece_rows(rows.mul_(ratios), total, piece.kind).div_(len(piece)).add_(piece.base)
+        return torch.add(piece.base, total, alpha=prepared.ratio / len(piece))
 
 
 def _sum(vectors: Iterable[Tensor]) -> Tensor:
