@@ -1,4 +1,4 @@
-"""Names on disk and names in memory: the only file that imports transformers' private functions.
+"""Names on disk and names in memory: with transformers' own private functions.
 
 Since version 5, transformers saves some models under other names, and mixture-of-experts layers in other shapes, than
 `state_dict()` has. Everything in hf_merge works in module names; this file converts at the two ends, with transformers'

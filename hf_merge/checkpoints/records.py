@@ -14,11 +14,15 @@ import importlib.util
 import inspect
 import json
 import logging
+import math
 import os
+import re
 import secrets
+import stat
 import sys
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +38,8 @@ from .storage import DTYPE_NAMES, DTYPES, Storage, TensorInfo
 
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from .opening import FolderSource
 
 
@@ -45,6 +51,9 @@ MOST_RECORDS = 256
 """How many records are kept; the oldest ones go first."""
 
 _MODELS = "transformers.modeling_utils"
+_RECORD = re.compile(r"[0-9a-f]{40}\.json")
+_UNFINISHED = re.compile(r"[0-9a-f]{40}\.json\.[0-9a-f]{8}\.writing")
+_DAY = 86400
 _SAVED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -81,12 +90,16 @@ class ModelRecord:
         description = dataclasses.asdict(self.description)
         description["labels"] = list(self.description.labels.items())
         content = {"description": description, "anatomy": anatomy, "names": names}
-        return json.dumps(content | {"files": self.files, "origins": self.origins})
+        content |= {"files": self.files, "origins": self.origins}
+        return json.dumps({"sha256": _digest(content), "content": content})
 
     @classmethod
     def from_json(cls, text: str) -> ModelRecord:
         """The inverse of [`~ModelRecord.to_json`]; raises `ValueError`, `LookupError`, `TypeError` or `AttributeError` on anything else."""
-        content = json.loads(text)
+        found = json.loads(text)
+        content = found["content"]
+        if found["sha256"] != _digest(content):
+            raise ValueError("its content is not what was written")
         description = Description(**content["description"])
         description.labels = dict(description.labels)
         anatomy = Anatomy(**content["anatomy"])
@@ -107,15 +120,20 @@ class ModelRecord:
         if source.description.has_code or not source.description.class_path.startswith("transformers."):
             return None
         try:
-            files = _saved_files(source)
-        except (OSError, ValueError, TypeError) as error:
-            logger.debug("No record of %s is kept: its configs cannot be saved (%s).", source, error)
+            files, origins = _saved_files(source), _origins(source)
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+        ) as error:  # configs that cannot be saved, code that is in no file
+            logger.debug("No record of %s is kept: %r", source, error)
             return None
-        return cls(source.description, source.anatomy, source.names, files, _origins(source))
+        return cls(source.description, source.anatomy, source.names, files, origins)
 
     def is_current(self) -> bool:
         """Whether the code that it depends on is as it was."""
-        return all(_state(path) == state for path, state in self.origins.items())
+        return bool(self.origins) and all(_state(path) == state for path, state in self.origins.items())
 
 
 @dataclass
@@ -128,6 +146,7 @@ class Recorder:
 
     folder: Path | None = field(default_factory=lambda: None if _MODELS in sys.modules else cache_folder())
     _known: dict[str, ModelRecord | None] = field(default_factory=dict, repr=False)
+    _looked_for: dict[Path, Path] = field(default_factory=dict, repr=False)
 
     def find(self, folder: Path, storage: Storage) -> ModelRecord | None:
         """The record of a model folder, or `None`.
@@ -139,6 +158,7 @@ class Recorder:
         path = self._path(folder, storage)
         if path is None:
             return None
+        self._looked_for[folder] = path
         if path.name not in self._known:
             self._known[path.name] = _read(path)
         return self._known[path.name]
@@ -148,13 +168,16 @@ class Recorder:
         path = self._path(source.folder, source.storage)
         if path is None or self._known.get(path.name) is not None:
             return
+        if path != self._looked_for.get(source.folder):  # its config was changed after it was opened
+            return
         record = self._known[path.name] = ModelRecord.of(source)
         if record is None:
             return
         writing = path.with_name(f"{path.name}.{secrets.token_hex(4)}.writing")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            writing.write_text(record.to_json(), encoding="utf-8")
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with open(os.open(writing, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+                file.write(record.to_json())
             os.replace(writing, path)
             _forget_oldest(path.parent)
         except OSError as error:
@@ -193,8 +216,15 @@ def cache_folder() -> Path | None:
 
 def _read(path: Path) -> ModelRecord | None:
     try:
+        if not (_is_own(path.parent) and _is_own(path)):
+            logger.debug("The record '%s' is not used: others may write it.", path)
+            return None
         record = ModelRecord.from_json(path.read_text(encoding="utf-8"))
-        return record if record.is_current() else None
+        if not record.is_current():
+            return None
+        with suppress(OSError):
+            os.utime(path)  # the ones that are used stay
+        return record
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -202,10 +232,33 @@ def _read(path: Path) -> ModelRecord | None:
         return None
 
 
+def _is_own(path: Path) -> bool:
+    """Whether nobody but this user may write a file or folder, where the system tells."""
+    if not hasattr(os, "geteuid"):
+        return True
+    found = path.stat()
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
 def _forget_oldest(folder: Path) -> None:
-    records = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-    for path in records[:-MOST_RECORDS]:
+    """Removes the records that were not used for longest, and what processes that were killed left. Other files stay."""
+    records = [path for path in folder.iterdir() if _RECORD.fullmatch(path.name)]
+    for path in sorted(records, key=_last_use)[:-MOST_RECORDS]:
         path.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if _UNFINISHED.fullmatch(path.name) and _last_use(path) < time.time() - _DAY:
+            path.unlink(missing_ok=True)
+
+
+def _last_use(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # another process removed it
+        return math.inf
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _info_to_json(info: TensorInfo) -> list[Any]:
@@ -230,13 +283,23 @@ def _saved_files(source: FolderSource) -> dict[str, str]:
 
 
 def _origins(source: FolderSource) -> dict[str, list[int]]:
-    """The files that define the class, its bases and its config, and those that read them."""
-    classes = [*source.model_class.__mro__, *type(source.config).__mro__]
+    """The files that define the classes of the modules and of the configs, and those that read them."""
+    things = [source.generation_config, *source.shell.modules(), *_with_parts(source.config)]
+    classes = {one for thing in things for one in type(thing).__mro__}
     modules = {one.__module__ for one in classes if one.__module__.startswith("transformers.")}
     modules |= {"transformers", "transformers.conversion_mapping", "transformers.core_model_loading", "torch.version"}
     modules |= {name for name in sys.modules if name.startswith((f"{_PACKAGE}.checkpoints.", f"{_PACKAGE}.modeling."))}
+    modules.add(f"{_PACKAGE}.kinds")
     paths: Iterable[str] = (inspect.getfile(sys.modules[name]) for name in sorted(modules))
     return {path: _state(path) for path in paths}
+
+
+def _with_parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A config and those of the parts of the model."""
+    yield config
+    for part in vars(config).values():
+        if hasattr(part, "model_type"):
+            yield from _with_parts(part)
 
 
 _PACKAGE = __name__.partition(".")[0]

@@ -139,6 +139,8 @@ class StoredTensor:
 
     def _at(self, places: Tensor) -> Tensor:
         found = torch.empty(places.shape, dtype=self.dtype)
+        if not len(places):
+            return found
         for start, staged in self._staged():
             first, last = torch.searchsorted(places, torch.tensor([start, start + len(staged)])).tolist()
             torch.index_select(staged, 0, places[first:last] - start, out=found[first:last])

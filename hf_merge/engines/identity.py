@@ -11,6 +11,10 @@ from ..checkpoints.layout import CheckpointLayout
 from .plan import MergePlan
 
 
+ARITHMETIC = 2
+"""Counts the changes after which a recipe gives other bits, so that no merge continues with shards from before."""
+
+
 def fingerprint(plan: MergePlan, layout: CheckpointLayout, identity: str) -> str:
     """Identifies recipe, inputs and layout: equal fingerprints give equal bytes, so finished shards can be kept.
 
@@ -31,7 +35,7 @@ def outline(plan: MergePlan, layout: CheckpointLayout) -> str:
 
 def _content(plan: MergePlan, recipe: dict[str, Any], layout: CheckpointLayout) -> list[Any]:
     shards = [[shard.filename, shard.nbytes] for shard in layout.shards]
-    return [__version__, recipe, plan.to_dict()["parameters"], shards]
+    return [__version__, ARITHMETIC, recipe, plan.to_dict()["parameters"], shards]
 
 
 def _digest(content: list[Any]) -> str:

@@ -22,14 +22,16 @@ from torch import Tensor
 from ..checkpoints.memory import empty_tensor, keep_freed_blocks
 from ..checkpoints.names import SaveGroup
 from ..checkpoints.shards import ShardWriter
+from ..checkpoints.stored import StoredTensor
 from ..errors import NonFiniteError
 from ..methods.base import Step, TensorGroup, TensorMethod, mean_steps, whole
 from ..progress import progress
 from ..registry import get_merge_method
+from ..threads import one_thread
 from .division import divide, gather_report
 from .forks import can_fork, processors
 from .norms import StepNorms, describe_non_finite, in_range, squared_norms
-from .pieces import all_finite, one_thread
+from .pieces import all_finite
 from .pipeline import Loaded, Pipeline, Sink, Written
 from .placement import CPU, Placement
 from .plan import MergePlan, PlannedParameter
@@ -165,13 +167,14 @@ class StreamingEngine(Pipeline):
             return self._methods[merge_type]
 
     def _group(self, parameter: PlannedParameter, loaded: Loaded) -> TensorGroup:
-        device = self._device_of(parameter.name)
-        if not stays_in_files(self.plan, parameter, device):
-            sent = loaded.mapped(self._transfer(device).send)
-        elif held_bytes(self.plan, parameter):
-            sent = loaded.mapped(lambda stored: stored.to(stored.dtype))
-        else:
-            sent = loaded
+        transfer = self._transfer(self._device_of(parameter.name))
+
+        def bring(stored: Tensor | StoredTensor) -> Tensor | StoredTensor:
+            if isinstance(stored, Tensor):  # it may be on another device, whose memory was too small
+                return transfer.send(stored)
+            return stored.to(stored.dtype) if held_bytes(self.plan, parameter) else stored
+
+        sent = loaded.mapped(bring)
         return TensorGroup(
             name=parameter.name,
             kind=parameter.kind,

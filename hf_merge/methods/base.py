@@ -16,6 +16,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ..kinds import LINEAR_KINDS, ParameterKind
 from ..low_rank import Factors, concatenated
+from ..threads import one_thread
 from .groups import PIECE, LowRankGroup, TensorGroup
 
 
@@ -118,7 +120,12 @@ class TensorMethod(MergeMethod):
     """The kinds of parameters that the method is defined on; `None` for all. The others go to [`~TensorMethod.merge_other`]."""
 
     others_by_entry: ClassVar[bool] = True
-    """Whether [`~TensorMethod.merge_other`] works entry by entry, and so piece by piece."""
+    """Whether [`~TensorMethod.merge_other`] works entry by entry, and so piece by piece. A subclass with one of its own says so."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "merge_other" in vars(cls) and "others_by_entry" not in vars(cls):
+            cls.others_by_entry = False
 
     def __call__(self, group: TensorGroup) -> Tensor:
         """Merges one parameter by the rule for its kind. Returns a tensor of the parameter's shape, in float32."""
@@ -254,8 +261,13 @@ class ElementwiseMethod(TensorMethod):
 
     @classmethod
     def working_memory(cls, kind: ParameterKind, shape: Sequence[int], experts: int, settings: Any) -> int:
-        piece = FLOAT32 * min(math.prod(shape), PIECE) * (experts + 6)
+        piece = FLOAT32 * cls.entries_at_once(kind, shape, settings) * (experts + 6)
         return piece + super().working_memory(kind, shape, experts, settings)
+
+    @classmethod
+    def entries_at_once(cls, kind: ParameterKind, shape: Sequence[int], settings: Any) -> int:
+        """How large a piece of a parameter is at most, see [`~ElementwiseMethod.unit`]."""
+        return min(math.prod(shape), PIECE)
 
     @classmethod
     def works_in_pieces(cls, kind: ParameterKind) -> bool:
@@ -318,7 +330,8 @@ class ElementwiseMethod(TensorMethod):
                 yield _with_foreseen(*ahead.popleft())
 
     def merge(self, group: TensorGroup) -> Tensor:
-        return whole(group, self._steps(group))
+        with one_thread() if group.device.type == "cpu" else nullcontext():
+            return whole(group, self._steps(group))
 
 
 _AHEAD = 2  # pieces
@@ -388,6 +401,7 @@ class LinearMethod(TensorMethod):
 
     requires_base = True
     kinds = LINEAR_KINDS
+    others_by_entry = True
     working_copies = (10.0, 5.0)
     square_copies: ClassVar[float] = 20.0
     """What [`~TensorMethod.working_copies`] lacks: so many square matrices of the smaller dimension."""

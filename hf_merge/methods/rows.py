@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .base import ParameterKind
+from .groups import PIECE
 
 
 _TRANSPOSED = (ParameterKind.TRANSPOSED_LINEAR, ParameterKind.TRANSPOSED_EXPERT_LINEAR)
@@ -29,6 +33,12 @@ def row_length(shape: torch.Size, kind: ParameterKind) -> int:
     if kind in _STACKED:
         return max(shape[-1], 1)
     return max(shape[1:].numel() if len(shape) > 1 else shape.numel(), 1)
+
+
+def entries_of_rows(kind: ParameterKind, shape: Sequence[int]) -> int:
+    """How large a piece of whole rows is at most."""
+    size = math.prod(shape)
+    return size if is_transposed(kind) else min(size, max(PIECE, row_length(torch.Size(shape), kind)))
 
 
 def as_rows(values: Tensor, kind: ParameterKind) -> Tensor:

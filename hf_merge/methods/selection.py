@@ -97,7 +97,7 @@ class Parts:
 
     Args:
         make (`Callable`): Makes its parts, in order, each time that it is called.
-        at (`Callable`): Makes its entries at some places (int64).
+        at (`Callable`): Makes its entries at some places (int64, rising).
     """
 
     make: Callable[[], Iterable[Tensor]]

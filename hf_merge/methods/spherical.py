@@ -1,8 +1,8 @@
 """Inner products, norms and arcs, for the methods that treat parameters, or their rows, as points on a sphere.
 
-Inner products are summed in float64 in pieces of fixed size: the angle between a model and its fine-tune is small, and what is
-left of it after rounding in float32 is noise, unless it is found by their difference; and the bits of the result must not depend on the
-number of threads.
+The angle between a model and its fine-tune is small, and what is left of it after rounding in float32 is noise: inner products are
+summed in float64, or that of the difference is, or the vectors are task vectors, whose angles are not small. Their order is fixed, in
+pieces of one size or in one thread, so that bits do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def slerp_weights(t: float, dots: Tensor, lengths: Tensor, threshold: float = 1.
     Args:
         t, threshold (`float`): As there.
         dots (`torch.Tensor`): ⟨x, y⟩, float64.
-        lengths (`torch.Tensor`): ‖x‖ ‖y‖, float64, of the same shape; it may be changed.
+        lengths (`torch.Tensor`): ‖x‖ ‖y‖, float64, of the same shape.
     """
     cos = dots.div(lengths.masked_fill(lengths == 0, 1.0)).clamp_(-1.0, 1.0)
     angle = torch.acos(cos)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import FLOAT32, ParameterKind, TensorGroup
+from .base import ParameterKind, TensorGroup
 from .election import masked
 from .selection import (
     HIGH_BINS,
@@ -53,7 +53,7 @@ class TrimmingMethod(SparseMethod):
     def working_memory(cls, kind: ParameterKind, shape: Sequence[int], experts: int, settings: Any) -> int:
         held = super().working_memory(kind, shape, experts, settings)
         if settings.scope == "model":  # while it is surveyed
-            return max(held, 4 * FLOAT32 * math.prod(shape))
+            return held + 8 * experts * (HIGH_BINS + LOW_BINS)
         return max(held, selection_memory(math.prod(shape)))
 
     @classmethod
@@ -77,7 +77,7 @@ class TrimmingMethod(SparseMethod):
         return 2 if settings.scope == "model" else 0
 
     def observe(self, group: TensorGroup, round: int) -> Observation:
-        if group.base is None:
+        if group.stored_base is None:
             return {}
         observed: Observation = {}
         for name, density in zip(group.expert_names, group.settings.density, strict=True):

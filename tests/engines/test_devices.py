@@ -52,6 +52,7 @@ class Devices:
 
     sent: dict[torch.device, list[int]] = field(default_factory=dict)
     emptied: list[torch.device] = field(default_factory=list)
+    brought_back: list[int] = field(default_factory=list)
     meeting: threading.Barrier | None = None
     fits: Callable[[int], bool] = lambda nbytes: True
     fits_ahead: Callable[[int], bool] = lambda nbytes: True
@@ -63,6 +64,8 @@ class Devices:
             if self.meeting is not None and device not in self.sent:
                 self.meeting.wait(30)
             self.sent.setdefault(device, []).append(tensor.nbytes)
+        else:
+            self.brought_back.append(tensor.nbytes)
         return tensor
 
     def transfer_class(self) -> type[Transfer]:
@@ -270,11 +273,15 @@ def test_what_does_not_fit_is_merged_on_the_cpu(bed: Bed, tmp_path: Path, device
     expected = merge(bed, METHODS[case], tmp_path / "alone", None)["parameters"]
     largest = max(info.nbytes for info in Merger.from_pretrained(bed.experts).plan.outputs.values())
     devices.fits = lambda nbytes: nbytes < largest
+    devices.brought_back.clear()
     rows = merge(bed, METHODS[case], tmp_path / "devices")["parameters"]
     assert contents(tmp_path / "devices") == contents(tmp_path / "alone")
     moved = {name: row.pop("out_of_memory") for name, row in rows.items() if "out_of_memory" in row}
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= moved.keys() < rows.keys()
     assert set(moved.values()) <= {str(device) for device in CUDA}
+    assert len(devices.brought_back) >= len(bed.experts) * len(
+        moved
+    )  # some of their tensors were on the device already
     assert rows == expected
     assert sorted(warnings_of(heard)) == sorted(
         f"'{name}' does not fit into the memory of {device}: it is merged on the CPU."

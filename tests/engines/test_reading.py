@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -83,6 +84,39 @@ def test_whole_or_held_or_read_again(bed: Bed, tmp_path: Path, monkeypatch: pyte
         assert merged(bed, CONFIGS[case], tmp_path / "whole") == found
     monkeypatch.setattr(reading, "is_piecewise", lambda parameter, device: False)
     assert merged(bed, CONFIGS[case], tmp_path / "written whole") == found
+
+
+@pytest.mark.parametrize(
+    "dtypes", [[torch.float64] * 3, [torch.float16] * 3, [torch.float32, torch.bfloat16, torch.float64]]
+)
+@pytest.mark.parametrize("case", ["linear", "slerp", "model_stock", "della", "ties"])
+def test_models_in_any_dtypes(bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, dtypes: list):
+    folders = {}
+    for (name, folder), dtype in zip({"base": bed.base, **bed.experts}.items(), [*dtypes, dtypes[0]]):
+        folders[name] = shutil.copytree(folder, tmp_path / name)
+        for path in folders[name].glob("*.safetensors"):
+            save_file({key: tensor.to(dtype) for key, tensor in load_file(path).items()}, path, {"format": "pt"})
+    base = folders.pop("base")
+    some = Bed(**(vars(bed) | {"base": base, "experts": folders}))
+    found = merged(some, CONFIGS[case], tmp_path / "found")
+    with mock.patch.object(ModelSource, "stored", lambda self, name: None):
+        assert merged(some, CONFIGS[case], tmp_path / "whole") == found
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_what_is_not_finite_is_noticed(bed: Bed, tmp_path: Path, case: str):
+    name = list(bed.experts)[1]
+    broken = shutil.copytree(bed.experts[name], tmp_path / "broken")
+    for path in broken.glob("*.safetensors"):
+        tensors = load_file(path)
+        if "model.embed_tokens.weight" in tensors:
+            tensors["model.embed_tokens.weight"].view(-1)[-1] = float("nan")
+        save_file(tensors, path, {"format": "pt"})
+    experts = {key: broken if key == name else folder for key, folder in bed.experts.items()}
+    (tmp_path / "merges").mkdir()
+    with pytest.raises(NonFiniteError, match=r"model\.embed_tokens\.weight"):
+        merged(Bed(**(vars(bed) | {"experts": experts})), CONFIGS[case], tmp_path / "merges" / "out")
+    assert_nothing_left(tmp_path / "merges" / "out")
 
 
 def test_nothing_is_read_whole(bed: Bed, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hf_merge import (
     LinearConfig,
     LocalizeAndStitchConfig,
     MagMaxConfig,
+    MergeConfig,
     Merger,
     ModelStockConfig,
     NearSwapConfig,
@@ -28,11 +29,12 @@ from hf_merge import (
     TiesConfig,
     WiseFtConfig,
 )
-from hf_merge.engines.pieces import all_finite, one_thread, squared_norm
+from hf_merge.engines.pieces import all_finite, squared_norm
 from hf_merge.errors import NonFiniteError
 from hf_merge.methods import groups
 from hf_merge.methods.base import ElementwiseMethod, ParameterKind
 from hf_merge.registry import available_merge_methods, get_merge_method
+from hf_merge.threads import one_thread
 
 from .elementwise import make_group, merge, random_models
 
@@ -100,6 +102,20 @@ def test_random_numbers_belong_to_places():
         part = next(iter(group.pieces(unit=1000)))
         part.offset, part.stored_experts = start, [one[start:] for one in experts]
         assert np.array_equal(part.draws(1), whole[start:])
+
+
+@pytest.mark.parametrize("probability", [0.0, 2**-32, 1 / 700, 0.3, 0.5, 0.5 + 1 / 700, 1 - 1 / 700, 1.0])
+def test_masks_keep_with_their_probability(probability: float):
+    """To far less than the 8 bits that most entries are decided by."""
+    base, experts = random_models((1000, 1000), 2)
+    group = make_group(DareConfig(), base, experts)
+    first, second = (group.keep_mask(index, probability).double() for index in range(2))
+    deviation = math.sqrt(probability * (1 - probability) / first.numel())
+    assert abs(first.mean() - probability) <= 4.5 * deviation
+    assert abs(((first - probability) * (second - probability)).mean()) <= 4.5 * probability * (1 - probability) / 1000
+    pieces = [piece.keep_mask(0, probability) for piece in group.pieces(unit=77)]
+    assert len(pieces) > 1
+    assert torch.equal(torch.cat(pieces), first.bool().view(-1))
 
 
 def test_random_numbers_are_uniform():
@@ -224,3 +240,19 @@ def test_one_thread_leaves_the_number_of_threads_as_it_was():
         assert torch.get_num_threads() == 1
         raise KeyError
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    "config", [ModelStockConfig(), SlerpConfig(t=0.3), DareConfig(rescale="norm")], ids=lambda one: one.merge_type
+)
+def test_methods_give_the_same_bits_on_any_number_of_threads(config: MergeConfig):
+    base, experts = random_models((700, 700), 2)
+    group = make_group(config, base, experts)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            found.append(get_merge_method(config.merge_type).method_cls()(group))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)

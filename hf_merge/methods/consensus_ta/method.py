@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,10 @@ class ConsensusTa(ElementwiseMethod):
     requires_base = True
     changes_only = True
     min_experts = 2
+
+    @classmethod
+    def looks_again(cls, settings: Any) -> bool:
+        return True
 
     def merge_piece(self, piece: TensorGroup, prepared: None) -> Tensor:
         settings = piece.settings

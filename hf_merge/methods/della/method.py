@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import TensorGroup
+from ..base import ParameterKind, TensorGroup
 from ..election import masked
-from ..rows import from_piece_rows, piece_rows, row_length, row_unit
+from ..rows import entries_of_rows, from_piece_rows, piece_rows, row_length, row_unit
 from ..sparsify import SparseMethod, Sparsity
 
 
@@ -32,6 +33,14 @@ class Della(SparseMethod):
 
     A row is what one output unit reads, a convolution's whole filter; a vector is one row.
     """
+
+    @classmethod
+    def looks_again(cls, settings: Any) -> bool:
+        return True
+
+    @classmethod
+    def entries_at_once(cls, kind: ParameterKind, shape: Sequence[int], settings: Any) -> int:
+        return entries_of_rows(kind, shape)
 
     def unit(self, group: TensorGroup) -> int | None:
         return row_unit(group.shape, group.kind)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base import FLOAT32, ElementwiseMethod, ParameterKind, TensorGroup
-from ..rows import from_piece_rows, piece_rows, row_length, row_unit
+from ..rows import entries_of_rows, from_piece_rows, piece_rows, row_length, row_unit
 from ..spherical import SMALLEST_SQUARE, gram_matrix, rough_gram_matrix, row_norms
 
 
@@ -47,6 +47,10 @@ class ModelStock(ElementwiseMethod):
 
     def unit(self, group: TensorGroup) -> int | None:
         return row_unit(group.shape, group.kind) if group.settings.filter_wise else 1
+
+    @classmethod
+    def entries_at_once(cls, kind: ParameterKind, shape: Sequence[int], settings: Any) -> int:
+        return entries_of_rows(kind, shape) if settings.filter_wise else super().entries_at_once(kind, shape, settings)
 
     @classmethod
     def working_memory(cls, kind: ParameterKind, shape: Sequence[int], experts: int, settings: Any) -> int:

@@ -26,7 +26,6 @@ class Svc(LinearMethod):
 
     working_copies = (15.0, 0.5)
     square_copies = 13.0
-    others_by_entry = False  # the inner method may look at the whole parameter
 
     def __init__(self):
         self._inner: dict[str, TensorMethod] = {}
