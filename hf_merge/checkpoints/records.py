@@ -2,8 +2,8 @@
 finding it out takes the import of transformers' models, which is longer than many merges.
 
 A record is found by everything that it was made from: the files beside the weights, their headers, this library and transformers. It is
-plain JSON in the cache folder of the Hub (`HF_MERGE_CACHE` names another one, or none when it is empty), never a part of a model, and a
-process that has loaded transformers' models already neither reads nor leaves any.
+a digest and plain JSON in the cache folder of the Hub (`HF_MERGE_CACHE` names another one, or none when it is empty), never a part of a model,
+and a process that has loaded transformers' models already neither reads nor leaves any.
 """
 
 from __future__ import annotations
@@ -91,15 +91,16 @@ class ModelRecord:
         description["labels"] = list(self.description.labels.items())
         content = {"description": description, "anatomy": anatomy, "names": names}
         content |= {"files": self.files, "origins": self.origins}
-        return json.dumps({"sha256": _digest(content), "content": content})
+        text = json.dumps(content)
+        return f"{_digest(text)}\n{text}"
 
     @classmethod
     def from_json(cls, text: str) -> ModelRecord:
         """The inverse of [`~ModelRecord.to_json`]; raises `ValueError`, `LookupError`, `TypeError` or `AttributeError` on anything else."""
-        found = json.loads(text)
-        content = found["content"]
-        if found["sha256"] != _digest(content):
+        digest, _, text = text.partition("\n")
+        if digest != _digest(text):
             raise ValueError("its content is not what was written")
+        content = json.loads(text)
         description = Description(**content["description"])
         description.labels = dict(description.labels)
         anatomy = Anatomy(**content["anatomy"])
@@ -147,6 +148,7 @@ class Recorder:
     folder: Path | None = field(default_factory=lambda: None if _MODELS in sys.modules else cache_folder())
     _known: dict[str, ModelRecord | None] = field(default_factory=dict, repr=False)
     _looked_for: dict[Path, Path] = field(default_factory=dict, repr=False)
+    _headers: dict[int, tuple[Storage, str]] = field(default_factory=dict, repr=False)
 
     def find(self, folder: Path, storage: Storage) -> ModelRecord | None:
         """The record of a model folder, or `None`.
@@ -194,7 +196,10 @@ class Recorder:
             beside = [(folder / name).read_bytes() if (folder / name).is_file() else b"" for name in _BESIDE]
         except OSError:
             return None
-        headers = [[key, DTYPE_NAMES[info.dtype], info.shape] for key, info in sorted(storage.infos.items())]
+        if id(storage) not in self._headers:
+            headers = [[key, DTYPE_NAMES[info.dtype], info.shape] for key, info in sorted(storage.infos.items())]
+            self._headers[id(storage)] = storage, _digest(json.dumps(headers))
+        _, headers = self._headers[id(storage)]
         digest = hashlib.sha256(json.dumps([transformers.origin, __file__, headers]).encode())
         for content in beside:
             digest.update(hashlib.sha256(content).digest())
@@ -257,8 +262,8 @@ def _last_use(path: Path) -> float:
         return math.inf
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _info_to_json(info: TensorInfo) -> list[Any]:
