@@ -140,7 +140,8 @@ def plan(
 ) -> None:
     """Show what a merge would do and take, from headers alone; exit code 2 if it cannot run."""
     merger = open_merger(recipe, method, expert, base, settings, dtype, device_map, trust_remote_code)
-    problems = merger.problems(out)
+    with without_collection():
+        problems = merger.problems(out)
     if not problems:
         merger.estimate(out, samples=samples, tokens=tokens, num_proc=num_proc)
     if as_json:

@@ -69,25 +69,25 @@ def open_merger(recipe, method, expert, base, settings, dtype, device_map, trust
     with without_collection():
         from .merger import Merger
 
-    overrides = read_assignments(settings)
-    if recipe is None and method is None and overrides:
-        method = "wudi" if base else "linear"  # the default of Merger.from_pretrained
-    config = build_config(recipe, method, overrides)
-    experts = name_experts(expert) if expert else None
-    return Merger.from_pretrained(
-        experts,
-        config,
-        base_model=base,
-        dtype=dtype,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-    )
+        overrides = read_assignments(settings)
+        if recipe is None and method is None and overrides:
+            method = "wudi" if base else "linear"  # the default of Merger.from_pretrained
+        config = build_config(recipe, method, overrides)
+        experts = name_experts(expert) if expert else None
+        return Merger.from_pretrained(
+            experts,
+            config,
+            base_model=base,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """For imports of torch and transformers: they make a million objects that stay, and to look for garbage among them takes a quarter
-    of the time."""
+    """For imports of torch and transformers, opening models and planning: they make a million objects that stay, and to look for garbage
+    among them takes a quarter of the time."""
     gc.disable()
     try:
         yield

@@ -92,20 +92,22 @@ class _Trials(StreamingEngine):
 
     def cost(self, parameter: PlannedParameter) -> tuple[float, float]:
         """Seconds of any parameter that is treated so, and seconds by unit of [`_work`]."""
-        smallest = _trial_shape(parameter, 2)
-        self._seconds(parameter, smallest)  # what is loaded and compiled on first use does not count
-        overhead = self._seconds(parameter, smallest)
+        # The first time does not count: things are loaded and compiled on first use.
+        _, overhead = self._twice(parameter, _trial_shape(parameter, 2))
         side = 256
         while True:
             shape = _trial_shape(parameter, side)
-            seconds = min(self._seconds(parameter, shape), self._seconds(parameter, shape))
+            seconds = min(self._twice(parameter, shape))
             if seconds >= TRIAL_SECONDS or side >= LARGEST_TRIAL:
                 return overhead, max(0.0, seconds - overhead) / _work(parameter, shape)
             side *= 2
 
-    def _seconds(self, parameter: PlannedParameter, shape: tuple[int, ...]) -> float:
-        trial = replace(parameter, info=TensorInfo(shape, parameter.info.dtype))
+    def _twice(self, parameter: PlannedParameter, shape: tuple[int, ...]) -> tuple[float, float]:
         loaded = self._random(parameter, shape)
+        return self._seconds(parameter, shape, loaded), self._seconds(parameter, shape, loaded)
+
+    def _seconds(self, parameter: PlannedParameter, shape: tuple[int, ...], loaded: Loaded) -> float:
+        trial = replace(parameter, info=TensorInfo(shape, parameter.info.dtype))
         start = time.perf_counter()
         if rounds := surveys(parameter):
             method, group = self._method(parameter.settings.merge_type), self._group(trial, loaded)
