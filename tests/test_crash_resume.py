@@ -205,16 +205,26 @@ def test_two_merges_into_one_folder_at_once(bed: Bed, expected):
 
 
 INTERRUPTED = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from hf_merge.checkpoints.folder import OutputFolder
 from hf_merge.cli import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
-complete, left = OutputFolder.complete, int(sys.argv.pop(1))
+complete, fill_part, left = OutputFolder.complete, OutputFolder.fill_part, int(sys.argv.pop(1))
+begun, filled = threading.Event(), []
+
+def filling(folder, key, *given):  # the merge is not over when the interrupts come
+    filled.append(key)
+    if key != filled[0]:
+        begun.wait()
+        while left:
+            time.sleep(0.001)
+    fill_part(folder, key, *given)
 
 def interrupted(*given):
     global left
     complete(*given)
+    begun.set()
     while left:
         left -= 1
         handler = signal.getsignal(signal.SIGINT)
@@ -222,7 +232,7 @@ def interrupted(*given):
         while signal.getsignal(signal.SIGINT) is handler:
             time.sleep(0.001)
 
-OutputFolder.complete = interrupted
+OutputFolder.complete, OutputFolder.fill_part = interrupted, filling
 main()
 """
 
